@@ -1,0 +1,84 @@
+"""Where a Triton kernel may run, and with which block sizes, warps and stages.
+
+One table per architecture class holds every shipped launch configuration; the compile audit reads the same table. The
+figures beside an entry are the reason for it.
+"""
+
+import contextlib
+import contextvars
+
+import torch
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # @triton.jit reads it once too, at decoration
+
+# {architecture class: {kernel: {largest size: parameters}}}. "size" is the dim that decides the tile (head dim,
+# hidden size, ...); a kernel with one configuration uses the key None. A kernel name ending in "/fp32" is used for
+# operands of four bytes and more, where it exists. Each kernel file names its own entries in its header.
+TABLE: dict[str, dict[str, dict]] = {"ampere": {}, "hopper": {}, "blackwell": {}, "cdna3": {}, "interpreter": {}}
+
+_override: contextvars.ContextVar = contextvars.ContextVar("launch_override", default={})
+
+
+@contextlib.contextmanager
+def override(**parameters):
+    """Inside, every launch uses these parameters over the table's (num_stages=1, num_warps=8, ...)."""
+    token = _override.set({**_override.get(), **parameters})
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def _emulated_target():
+    """Target of an emulating driver, which takes CPU tensors; None under a real driver or none."""
+    try:
+        driver = triton.runtime.driver.active
+        return driver.get_current_target() if getattr(driver, "accepts_cpu_tensors", False) else None
+    except RuntimeError:  # "0 active drivers": no GPU here
+        return None
+
+
+def architecture(device: torch.device) -> str:
+    """Architecture class of a device: a key of TABLE."""
+    if INTERPRETED:
+        return "interpreter"
+    if device.type == "cuda" and torch.version.hip:
+        return "cdna3"
+    target = _emulated_target() if device.type == "cpu" else None
+    major = target.arch // 10 if target else torch.cuda.get_device_capability(device)[0]
+    return "ampere" if major <= 8 else "hopper" if major == 9 else "blackwell"
+
+
+def require_device(op: str, *tensors) -> None:
+    """Raise ValueError unless all tensors sit on one device on which the Triton form of `op` can run."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: tensors are on {sorted(map(str, devices))}; move them to one device")
+    (device,) = devices
+    if device.type == "cuda" or (device.type == "cpu" and (INTERPRETED or _emulated_target())):
+        return
+    raise ValueError(
+        f"{op}: the Triton kernel was given {device.type} tensors; move them to a GPU, set TRITON_INTERPRET=1 before "
+        f"the import, or call heiretsu.kernels.fused.{op}, which has a CPU form"
+    )
+
+
+def parameters(kernel: str, device: torch.device, size=None, itemsize: int = 2) -> dict:
+    """Launch parameters of `kernel` (block sizes, num_warps, num_stages): a fresh dict of keyword arguments.
+
+    size: picks the smallest key of the kernel's entry that is >= size. itemsize: bytes of an operand element.
+    """
+    return lookup(kernel, architecture(device), size, itemsize) | _override.get()
+
+
+def lookup(kernel: str, arch: str, size=None, itemsize: int = 2) -> dict:
+    """The table's entry itself, without overrides (for the audit)."""
+    rows = TABLE[arch].get(f"{kernel}/fp32") if itemsize >= 4 else None
+    rows = rows or TABLE[arch][kernel]
+    if size is None or None in rows:
+        return dict(rows[None])
+    fits = [key for key in rows if key >= size]
+    if not fits:
+        raise ValueError(f"{kernel}: size {size} is larger than {max(rows)}, the largest that the kernel takes")
+    return dict(rows[min(fits)])
