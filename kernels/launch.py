@@ -6,6 +6,7 @@ figures beside an entry are the reason for it.
 
 import contextlib
 import contextvars
+import dataclasses
 
 import torch
 import triton
@@ -16,6 +17,28 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # @triton.jit reads it once 
 # hidden size, ...); a kernel with one configuration uses the key None. A kernel name ending in "/fp32" is used for
 # operands of four bytes and more, where it exists. Each kernel file names its own entries in its header.
 TABLE: dict[str, dict[str, dict]] = {"ampere": {}, "hopper": {}, "blackwell": {}, "cdna3": {}, "interpreter": {}}
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditCase:
+    """One shipped launch of one kernel, as the compile audit takes it: compiled ahead of time, never run.
+
+    signature: Triton type of each run-time argument ("*bf16:16", "i32"; ":16" says divisible by 16). constexprs: the
+    rest, strides of 1 included. The bars: max_spill_bytes a thread; min_bound, the least share of the tensor cores' (or,
+    without a dot, of the memory's) peak that the hot loop's other pipes leave possible; loop_flops, what one iteration
+    of the hot loop computes by closed form, which shows that the audit read the right loop.
+    """
+
+    name: str
+    fn: object  # the @triton.jit function
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+    max_spill_bytes: int = 0
+    min_bound: float = 0.0
+    loop_flops: int | None = None
+
 
 _override: contextvars.ContextVar = contextvars.ContextVar("launch_override", default={})
 

@@ -1,0 +1,46 @@
+"""The ops of `heiretsu.kernels.plain` in their fast forms: same names, signatures and meaning.
+
+The device of an op's first tensor chooses the form: on a GPU the Triton kernel runs; on the CPU the fastest CPU form,
+unless TRITON_INTERPRET=1 was set before the import, when the Triton kernel itself runs in Triton's interpreter. This
+file is the only place that chooses. It works without Triton installed (macOS), on CPU tensors.
+"""
+
+import functools
+import importlib.util
+import inspect
+
+from heiretsu.kernels import plain
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from heiretsu.kernels import launch
+
+INTERPRETED = HAS_TRITON and launch.INTERPRETED
+
+
+def _choose(name, cpu_form, triton_form):
+    """The op that runs cpu_form or triton_form by the device of its first tensor. triton_form: None without Triton."""
+    specification = getattr(plain, name)
+    first_name = next(iter(inspect.signature(specification).parameters))
+
+    @functools.wraps(specification)
+    def op(*args, **kwargs):
+        first = args[0] if args else kwargs[first_name]
+        if first.device.type == "cpu" and not INTERPRETED:
+            return cpu_form(*args, **kwargs)
+        if triton_form is None:
+            raise ValueError(f"{name}: {first.device.type} tensors need Triton; install it, or move them to the CPU")
+        return triton_form(*args, **kwargs)
+
+    return op
+
+
+def describe(device) -> str:
+    """One line for start-up: which forms run on tensors of this device (a torch.device)."""
+    if device.type == "cpu" and not INTERPRETED:
+        return "fused kernels: CPU forms (ATen, chunked, grouped)"
+    if not HAS_TRITON:
+        raise ValueError(f"fused kernels on {device.type} need Triton; install it, or use the CPU")
+    if INTERPRETED:
+        return "fused kernels: Triton in the interpreter"
+    return f"fused kernels: Triton ({launch.architecture(device)})"
