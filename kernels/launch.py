@@ -23,6 +23,7 @@ TABLE: dict[str, dict[str, dict]] = {"ampere": {}, "hopper": {}, "blackwell": {}
 class AuditCase:
     """One shipped launch of one kernel, as the compile audit takes it: compiled ahead of time, never run.
 
+    A kernel file's audit_cases(arch) lists its own for one architecture class (a key of TABLE, as `lookup` takes it).
     signature: Triton type of each run-time argument ("*bf16:16", "i32"; ":16" says divisible by 16). constexprs: the
     rest, strides of 1 included. The bars: max_spill_bytes a thread; min_bound, the least share of the tensor cores' (or,
     without a dot, of the memory's) peak that the hot loop's other pipes leave possible; loop_flops, what one iteration
