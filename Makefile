@@ -1,0 +1,67 @@
+# Everything here works on a machine with Python 3.10 or newer and nothing else: each target makes what it needs.
+# The environment (.venv) is made once, and again when pyproject.toml, setup.py or constraints.txt change.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint format types emulate audit bench wheel clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "heiretsu needs Python 3.10 or newer; say which with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for what a run needs, one for what the checks need on top of it.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+install: $(VENV)/.installed ## make .venv with what a run needs
+
+train: $(VENV)/.installed ## train a small GPT on the embedded corpus (ARGS="--max_iters 50" adds flags)
+	$(BIN)/python train.py $(ARGS)
+
+test: $(VENV)/.installed-dev ## run the kernels in Triton's interpreter, then every test
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: types ## ruff (lint and format) and the type check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev ## let ruff sort imports and lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-dev ## the type check alone
+	@mkdir -p build/types/heiretsu
+	@for folder in kernels parallel model data bench; do ln -sfn "$(CURDIR)/$$folder" build/types/heiretsu/$$folder; done
+	$(BIN)/mypy -p heiretsu
+
+emulate: $(VENV)/.installed-dev ## run the compiled kernels' PTX on the emulator, for A100 and H100
+	$(BIN)/python -m pytest tests/kernels --emulate sm_80 $(ARGS)
+	$(BIN)/python -m pytest tests/kernels --emulate sm_90 $(ARGS)
+
+audit: $(VENV)/.installed-dev ## compile every kernel ahead of time and check registers, spills and bounds
+	$(BIN)/python bench/kernels.py --audit $(ARGS)
+
+bench: $(VENV)/.installed-dev ## measure the kernels against their alternatives
+	$(BIN)/python bench/kernels.py $(ARGS)
+
+wheel: $(VENV)/.installed-dev ## build dist/heiretsu-*.whl
+	$(BIN)/python -m build --wheel
+
+clean: ## remove the environment, caches and what was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

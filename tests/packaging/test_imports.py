@@ -1,0 +1,92 @@
+"""Imports go one way: train -> model -> parallel; kernels, parallel and data stand alone; bench and tests see all."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("kernels", "parallel", "model", "data", "bench")
+
+# Folder -> the folders of ours that its files may import from.
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "parallel": {"parallel"},
+    "data": {"data"},
+    "model": {"model", "parallel"},
+    "bench": set(FOLDERS),
+}
+SCRIPTS_MAY_IMPORT = set(FOLDERS) - {"bench"}
+
+
+def imported_modules(source: str) -> list[str]:
+    """Absolute names of everything that the source imports, `from heiretsu import kernels` as heiretsu.kernels."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                names.append("." * node.level + (node.module or ""))
+            elif node.module == "heiretsu":
+                names += [f"heiretsu.{alias.name}" for alias in node.names]
+            else:
+                names.append(node.module or "")
+    return names
+
+
+def faults(source: str, allowed: set[str]) -> list[str]:
+    """What the source imports that it may not: our folders by their bare name, or outside `allowed`, or the tests."""
+    found = []
+    for name in imported_modules(source):
+        top, _, rest = name.partition(".")
+        if name.startswith("."):
+            found.append(f"relative import {name}")
+        elif top in FOLDERS or top == "tests":
+            found.append(f"import {name} (write heiretsu.{name})")
+        elif top == "heiretsu" and rest.partition(".")[0] not in allowed:
+            found.append(f"import {name}")
+    return found
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folder_imports_only_what_is_below_it(folder):
+    files = sources(folder)
+    assert files, f"{folder}/ has no Python file"
+    found = {str(f.relative_to(ROOT)): faults(f.read_text(), MAY_IMPORT[folder]) for f in files}
+    assert {name: bad for name, bad in found.items() if bad} == {}
+
+
+def test_entry_scripts_import_neither_bench_nor_tests():
+    scripts = sorted(set(ROOT.glob("*.py")) - {ROOT / "setup.py"})
+    found = {f.name: faults(f.read_text(), SCRIPTS_MAY_IMPORT) for f in scripts}
+    assert {name: bad for name, bad in found.items() if bad} == {}
+
+
+def test_tests_use_the_installed_names():
+    allowed = set(FOLDERS)
+    for path in sources("tests"):
+        bare = [n for n in imported_modules(path.read_text()) if n.partition(".")[0] in FOLDERS]
+        assert bare == [], f"{path.relative_to(ROOT)}: {bare} (write heiretsu....)"
+    assert allowed == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import kernels",
+        "from parallel import mesh",
+        "from heiretsu import data",
+        "import heiretsu.model.gpt",
+        "from heiretsu.bench.kernels import run",
+        "def f():\n    from heiretsu.model import gpt",
+        "from . import plain",
+        "from tests.kernels import parity",
+    ],
+)
+def test_a_forbidden_import_is_seen(line):
+    assert faults(line, {"kernels"})
