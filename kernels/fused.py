@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import inspect
 
-from heiretsu.kernels import plain
+from heiretsu.kernels import cpu_moe, plain
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -44,3 +44,7 @@ def describe(device) -> str:
     if INTERPRETED:
         return "fused kernels: Triton in the interpreter"
     return f"fused kernels: Triton ({launch.architecture(device)})"
+
+
+route = _choose("route", cpu_moe.route, None)
+expert_mlp = _choose("expert_mlp", cpu_moe.expert_mlp, None)

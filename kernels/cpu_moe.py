@@ -1,0 +1,206 @@
+"""Mixture-of-experts ops on CPU tensors: the same meaning as `plain`, in the fastest form that ATen allows.
+
+Three things make `plain.expert_mlp` slow, none of them the GEMMs. Autograd gives `w1[e]` a zero-filled gradient the
+size of all experts and adds E of them; every expert allocates its activations anew, and on a CPU fresh pages cost more
+than the arithmetic done on them; and the combine makes several passes over float32 copies. Here one custom op owns the
+loop over experts: tokens are sorted by expert once, GEMMs write into slices of one buffer, the bias rides in the GEMM,
+GELU runs over an expert's block while it is still in cache, and `embedding_bag` gathers, weights and sums the K rows of
+a token in one pass, in order.
+
+Saved for the backward: h = x @ w1 + b1 and gelu(h), both (N*K, F), and the experts' outputs (N*K, C), in x's dtype.
+Nothing is recomputed but the gather of x and the cast of one expert's weights. Float32 weights beside a bfloat16 x are
+cast expert by expert, so no second copy of all weights exists; their gradients pass through x's dtype, as in `plain`.
+
+N tokens, K experts per token, E experts, C hidden size, F feed-forward size.
+"""
+
+import torch
+
+_gelu_out = torch.ops.aten.gelu.out
+_gelu_backward_out = torch.ops.aten.gelu_backward.grad_input
+
+
+def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`plain.route`: gates (N, K) in logits' dtype, experts (N, K) int64; ValueError if top_k is out of range.
+
+    A softmax renormalised over the chosen experts is the softmax of their logits alone, so the backward touches K
+    values of a row instead of E.
+    """
+    if not 1 <= top_k <= logits.shape[-1]:
+        raise ValueError(f"top_k={top_k} is outside 1..{logits.shape[-1]}, the number of experts")
+    experts = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    chosen = logits.gather(1, experts)
+    return chosen.to(_at_least_float32(logits.dtype)).softmax(-1).to(logits.dtype), experts
+
+
+def _sort_by_expert(experts, num_experts):
+    """(order, slot, bounds): flat slots n * K + k sorted by expert, its inverse (N, K), and where each expert begins.
+
+    An index outside 0..E-1 sorts behind the last expert: `plain` gives it no expert, and so a zero output.
+    """
+    flat = experts.reshape(-1)
+    flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+    order = flat.argsort(stable=True)
+    slot = torch.empty_like(order)
+    slot[order] = torch.arange(order.numel())
+    counts = flat.bincount(minlength=num_experts + 1)[:num_experts]
+    return order, slot.view(experts.shape), [0, *counts.cumsum(0).tolist()]
+
+
+def _blocks(bounds):
+    """(expert, slice of the sorted rows) for each expert that has rows."""
+    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if b > a]
+
+
+def _largest(bounds):
+    return max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def _combine(rows, slot, gates=None):
+    """sum_k gates[n, k] * rows[slot[n, k]], accumulated in float32 and in the order of k; gates None means ones."""
+    if gates is None or gates.dtype == rows.dtype:
+        return torch.nn.functional.embedding_bag(slot, rows, per_sample_weights=gates, mode="sum")
+    wide = torch.promote_types(rows.dtype, gates.dtype)
+    return (rows[slot].to(wide) * gates.to(wide)[..., None]).sum(1).to(rows.dtype)
+
+
+@torch.library.custom_op("heiretsu::cpu_expert_mlp", mutates_args=(), device_types="cpu")
+def _expert_mlp(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    gates: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, h, gelu(h), y): the output and what the backward reads, rows sorted by expert."""
+    E, C, F = w1.shape
+    order, slot, bounds = _sort_by_expert(experts, E)
+    rows = order.numel()
+    h, a, y = x.new_empty(rows, F), x.new_empty(rows, F), x.new_empty(rows, C)
+    y[bounds[-1] :] = 0
+    h[bounds[-1] :] = 0
+    a[bounds[-1] :] = 0
+    if not rows or not C:
+        return x.new_zeros(x.shape), h, a, y
+    tokens = order // experts.shape[1]
+    gathered = x.new_empty(_largest(bounds), C)  # one expert's rows of x at a time
+    for e, block in _blocks(bounds):
+        x_e = torch.index_select(x, 0, tokens[block], out=gathered[: block.stop - block.start])
+        _linear(x_e, w1[e], None if b1 is None else b1[e], h[block])
+        _gelu_out(h[block], approximate="tanh", out=a[block])
+        _linear(a[block], w2[e], None if b2 is None else b2[e], y[block])
+    return _combine(y, slot, gates), h, a, y
+
+
+def _linear(x, weight, bias, out):
+    weight = weight.to(x.dtype)
+    if bias is None:
+        return torch.mm(x, weight, out=out)
+    return torch.addmm(bias.to(x.dtype), x, weight, out=out)
+
+
+@_expert_mlp.register_fake
+def _(x, experts, gates, w1, b1, w2, b2):
+    rows = experts.numel()
+    return x.new_empty(x.shape), *(x.new_empty(rows, width) for width in (w1.shape[2], w1.shape[2], x.shape[1]))
+
+
+@torch.library.custom_op("heiretsu::cpu_expert_mlp_backward", mutates_args=(), device_types="cpu")
+def _expert_mlp_backward(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    gates: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    h: torch.Tensor,
+    a: torch.Tensor,
+    y: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dgates, dw1, db1, dw2, db2); the gradient of an absent bias is empty."""
+    E, C, F = w1.shape
+    order, slot, bounds = _sort_by_expert(experts, E)
+    dw1, dw2 = _zero_where_empty(w1, bounds), _zero_where_empty(w2, bounds)
+    db1 = w1.new_zeros(0) if b1 is None else _zero_where_empty(b1, bounds)
+    db2 = w2.new_zeros(0) if b2 is None else _zero_where_empty(b2, bounds)
+    if not order.numel() or not C:
+        return x.new_zeros(x.shape), gates.new_zeros(gates.shape), dw1, db1, dw2, db2
+    tokens, gate = order // experts.shape[1], gates.reshape(-1)[order].to(x.dtype)
+    dx_rows = torch.empty_like(y)  # dx of each row, then summed over k
+    dx_rows[bounds[-1] :] = 0
+    largest = _largest(bounds)
+    x_rows, dy_rows, da_rows = x.new_empty(largest, C), x.new_empty(largest, C), x.new_empty(largest, F)
+    dgate = gate.new_zeros(gate.shape, dtype=_at_least_float32(gates.dtype))
+    for e, block in _blocks(bounds):
+        size, token = block.stop - block.start, tokens[block]
+        dy = torch.index_select(dout, 0, token, out=dy_rows[:size])
+        dgate[order[block]] = (y[block].to(dgate.dtype) * dy).sum(-1)
+        dy *= gate[block, None]
+        _weight_gradient(a[block], dy, dw2[e], None if b2 is None else db2[e])
+        dh = torch.mm(dy, w2[e].to(x.dtype).T, out=da_rows[:size])
+        _gelu_backward_out(dh, h[block], approximate="tanh", grad_input=dh)
+        x_e = torch.index_select(x, 0, token, out=x_rows[:size])
+        _weight_gradient(x_e, dh, dw1[e], None if b1 is None else db1[e])
+        torch.mm(dh, w1[e].to(x.dtype).T, out=dx_rows[block])
+    return _combine(dx_rows, slot), dgate.view(gates.shape).to(gates.dtype), dw1, db1, dw2, db2
+
+
+def _zero_where_empty(parameter, bounds):
+    """A gradient buffer: zero for an expert without rows, to be written for the others."""
+    grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    for e, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if begin == end:
+            grad[e] = 0
+    return grad
+
+
+def _at_least_float32(dtype):
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _weight_gradient(inputs, grads, dweight, dbias):
+    """Write dweight = inputs.T @ grads and dbias = grads summed over rows, in the dtype of each."""
+    if dweight.dtype == inputs.dtype:
+        torch.mm(inputs.T, grads, out=dweight)
+    else:
+        dweight.copy_(inputs.T @ grads)
+    if dbias is not None:
+        dbias.copy_(grads.sum(0, dtype=_at_least_float32(dbias.dtype)))
+
+
+@_expert_mlp_backward.register_fake
+def _(dout, x, experts, gates, w1, b1, w2, b2, h, a, y):
+    def bias_like(bias, weight):
+        return weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+
+    return (
+        x.new_empty(x.shape),
+        gates.new_empty(gates.shape),
+        w1.new_empty(w1.shape),
+        bias_like(b1, w1),
+        w2.new_empty(w2.shape),
+        bias_like(b2, w2),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, dout, *_):
+    _, _, _, _, b1, _, b2 = ctx.saved_tensors[:7]
+    dx, dgates, dw1, db1, dw2, db2 = _expert_mlp_backward(dout.contiguous(), *ctx.saved_tensors)
+    return dx, None, dgates, dw1, None if b1 is None else db1, dw2, None if b2 is None else db2
+
+
+_expert_mlp.register_autograd(_backward, setup_context=_setup_context)
+
+
+def expert_mlp(x, experts, gates, w1, b1, w2, b2):
+    """`plain.expert_mlp` for CPU tensors: (N, C) in x's dtype."""
+    return _expert_mlp(x, experts, gates, w1, b1, w2, b2)[0]
