@@ -1,0 +1,11 @@
+"""Fixtures of the kernel tests: poisoned scratch memory everywhere, and a mended interpreter where it is used."""
+
+import pytest
+
+from tests.kernels.scratch import poisoned_scratch
+
+
+@pytest.fixture(autouse=True)
+def scratch_memory_is_poisoned():
+    with poisoned_scratch():
+        yield
