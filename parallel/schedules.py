@@ -10,8 +10,9 @@ stage lives on stage v % num_stages, activations go from v to v + 1 and gradient
 from __future__ import annotations
 
 import enum
+import math
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ SEND_BACKWARD, RECV_BACKWARD = Kind.SEND_BACKWARD, Kind.RECV_BACKWARD
 
 _TO_THE_NEXT = (SEND_FORWARD, RECV_BACKWARD)  # these talk to stage + 1, the other two to stage - 1
 _SENDS = {SEND_FORWARD: RECV_FORWARD, SEND_BACKWARD: RECV_BACKWARD}
+_FORWARDS = (RECV_FORWARD, FORWARD, SEND_FORWARD)
 _RECEIVES = (RECV_FORWARD, RECV_BACKWARD)
 _ACCUMULATES = (BACKWARD, BACKWARD_WEIGHT)  # the actions that add to the weights' gradients, and free the activations
 
@@ -62,21 +64,28 @@ def peer(kind: Kind, stage: int, num_stages: int) -> int:
 # Schedules: compute actions only
 
 
-def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
+def forward_only(num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
+    """For evaluation. Not in SCHEDULES, because it trains nothing."""
+    _check_sizes(num_stages, num_microbatches, num_chunks)
+    forwards, _ = _in_groups(num_stages, num_microbatches, num_chunks)
+    return [[action for action in forwards if action.microbatch < num_microbatches] for _ in range(num_stages)]
+
+
+def gpipe(num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
     """All forwards, then all backwards (Huang et al. 2018, arXiv:1811.06965). Keeps every microbatch's activations."""
-    _check_sizes(num_stages, num_microbatches)
+    _check_sizes(num_stages, num_microbatches, num_chunks, at_most=1)
     microbatches = range(num_microbatches)
     stage = [Action(FORWARD, i) for i in microbatches] + [Action(BACKWARD, i) for i in microbatches]
     return [list(stage) for _ in range(num_stages)]
 
 
-def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
+def one_f_one_b(num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
     """One forward, one backward (Narayanan et al. 2019, PipeDream-Flush, arXiv:2006.09503, section 2.2).
 
     Stage s warms up with min(num_stages - s - 1, num_microbatches) forwards, and holds the activations of at most
     num_stages - s microbatches.
     """
-    _check_sizes(num_stages, num_microbatches)
+    _check_sizes(num_stages, num_microbatches, num_chunks, at_most=1)
     forwards = [Action(FORWARD, i) for i in range(num_microbatches)]
     backwards = [Action(BACKWARD, i) for i in range(num_microbatches)]
     return [_alternate(forwards, backwards, num_stages - stage - 1) for stage in range(num_stages)]
@@ -89,15 +98,10 @@ def interleaved_1f1b(num_stages: int, num_microbatches: int, num_chunks: int = 2
     through a chunk in groups of num_stages. Where they are no multiple of it, the schedule is that of the next multiple
     without the microbatches that are not there: leaving actions out cannot make another wait for longer.
     """
-    _check_sizes(num_stages, num_microbatches)
-    if num_chunks < 1:
-        raise ValueError(f"num_chunks={num_chunks}: a stage holds at least one chunk")
+    _check_sizes(num_stages, num_microbatches, num_chunks)
     if num_chunks == 1:
         return one_f_one_b(num_stages, num_microbatches)
-    chunks, starts = range(num_chunks), range(0, num_microbatches, num_stages)
-    groups = [range(start, start + num_stages) for start in starts]
-    forwards = [Action(FORWARD, i, chunk) for group in groups for chunk in chunks for i in group]
-    backwards = [Action(BACKWARD, i, chunk) for group in groups for chunk in reversed(chunks) for i in group]
+    forwards, backwards = _in_groups(num_stages, num_microbatches, num_chunks)
     schedule = []
     for stage in range(num_stages):
         actions = _alternate(forwards, backwards, 2 * (num_stages - stage - 1) + (num_chunks - 1) * num_stages)
@@ -105,13 +109,13 @@ def interleaved_1f1b(num_stages: int, num_microbatches: int, num_chunks: int = 2
     return schedule
 
 
-def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
+def zero_bubble(num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
     """ZB-H1: 1F1B with backward split in two (Qi et al. 2023, arXiv:2401.10241, section 2.1).
 
     The gradient of the input goes out at once; that of the weights waits for a gap. Stage s keeps s of them back, so
     that no stage holds more than num_stages activations, which is what 1F1B needs on stage 0.
     """
-    _check_sizes(num_stages, num_microbatches)
+    _check_sizes(num_stages, num_microbatches, num_chunks, at_most=1)
     schedule = []
     for stage in range(num_stages):
         forwards = [Action(FORWARD, i) for i in range(num_microbatches)]
@@ -126,7 +130,8 @@ def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
     return schedule
 
 
-SCHEDULES = {
+# name -> function(num_stages, num_microbatches, num_chunks)
+SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
     "interleaved": interleaved_1f1b,
@@ -134,9 +139,22 @@ SCHEDULES = {
 }
 
 
-def _check_sizes(num_stages: int, num_microbatches: int) -> None:
-    if num_stages < 1 or num_microbatches < 1:
-        raise ValueError(f"num_stages={num_stages}, num_microbatches={num_microbatches}: both must be at least 1")
+def _check_sizes(num_stages: int, num_microbatches: int, num_chunks: int, at_most: float = math.inf) -> None:
+    if min(num_stages, num_microbatches, num_chunks) < 1:
+        sizes = f"num_stages={num_stages}, num_microbatches={num_microbatches}, num_chunks={num_chunks}"
+        raise ValueError(f"{sizes}: each must be at least 1")
+    if num_chunks > at_most:
+        raise ValueError(f"num_chunks={num_chunks}: only the interleaved schedule runs several chunks a stage")
+
+
+def _in_groups(num_stages: int, num_microbatches: int, num_chunks: int) -> tuple[list[Action], list[Action]]:
+    """All forwards and all backwards: groups of num_stages microbatches, each through every chunk. The last group is
+    filled up with microbatches that do not exist, for the caller to leave out."""
+    chunks, starts = range(num_chunks), range(0, num_microbatches, num_stages)
+    groups = [range(start, start + num_stages) for start in starts]
+    forwards = [Action(FORWARD, i, chunk) for group in groups for chunk in chunks for i in group]
+    backwards = [Action(BACKWARD, i, chunk) for group in groups for chunk in reversed(chunks) for i in group]
+    return forwards, backwards
 
 
 def _alternate(forwards: list[Action], backwards: list[Action], warmup: int) -> list[Action]:
@@ -168,18 +186,21 @@ def lower(schedule: Schedule) -> Schedule:
     return lowered
 
 
-def validate(program: Schedule) -> None:
+def validate(program: Schedule, backward: bool = True) -> None:
     """Raise ValueError, naming stage and action, unless the lowered program is complete, in order and free of deadlock.
 
     Complete: each stage runs forward and backward (whole, or input and weight) of every microbatch and chunk once, with
     exactly the sends and receives that they need. In order: a receive, its use, its product's send; backward after
     forward; weight gradients added in the order of microbatches, so that their sum is the same whatever the schedule.
     Free of deadlock: with receives that block and sends that do not, and messages taken in the order sent.
+    backward=False: a program of forwards alone.
     """
     num_stages, num_chunks = len(program), _num_chunks(program)
     num_microbatches = 1 + max((action.microbatch for actions in program for action in actions), default=-1)
     for stage, actions in enumerate(program):
         needed = _needed(actions, stage, num_stages, num_chunks, num_microbatches)
+        if not backward:
+            needed = {action: earlier for action, earlier in needed.items() if action.kind in _FORWARDS}
         seen = Counter(actions)
         for action in [*needed, *seen]:
             if seen[action] != (action in needed):

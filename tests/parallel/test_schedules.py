@@ -1,0 +1,236 @@
+"""Schedules are right before any process runs them: complete, in order, free of deadlock, as fast as the papers say."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heiretsu.parallel.schedules import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    SCHEDULES,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    Action,
+    draw,
+    forward_only,
+    gpipe,
+    interleaved_1f1b,
+    lower,
+    one_f_one_b,
+    peer,
+    simulate,
+    validate,
+    zero_bubble,
+)
+
+SIZES = [(p, m) for p in range(1, 7) for m in (1, 2, 3, 5, 8, 12)]
+STAGES, MICROBATCHES = st.integers(1, 6), st.integers(1, 12)
+ONE_CHUNK = [gpipe, one_f_one_b, zero_bubble]
+
+
+def timeline(schedule, forward_cost=1.0, backward_cost=2.0, comm_cost=0.0):
+    return simulate(lower(schedule), forward_cost, backward_cost, comm_cost)
+
+
+@given(name=st.sampled_from(sorted(SCHEDULES)), p=STAGES, m=MICROBATCHES, chunks=st.integers(1, 4))
+def test_every_schedule_is_valid_for_every_size(name, p, m, chunks):
+    validate(lower(SCHEDULES[name](p, m, chunks if name == "interleaved" else 1)))
+
+
+@given(p=STAGES, m=MICROBATCHES, chunks=st.integers(1, 4))
+def test_evaluation_runs_every_forward(p, m, chunks):
+    validate(lower(forward_only(p, m, chunks)), backward=False)
+
+
+@pytest.mark.parametrize("schedule", [gpipe, one_f_one_b])
+@pytest.mark.parametrize("forward_cost, backward_cost", [(1.0, 2.0), (3.0, 4.0)])
+def test_bubble_is_the_closed_form(schedule, forward_cost, backward_cost):
+    """Huang et al. 2018, section 2.3: (p - 1) / (m + p - 1) of the time, whatever the costs."""
+    for p, m in SIZES:
+        bubble = timeline(schedule(p, m), forward_cost, backward_cost).bubble
+        assert bubble == pytest.approx((p - 1) / (m + p - 1), abs=1e-12), (p, m)
+
+
+def test_interleaving_divides_the_bubble_by_the_chunks():
+    """Narayanan et al. 2021, section 2.2.2: the bubble is (p - 1) / (chunks * m) of the work, for m a multiple of p."""
+    for p in range(2, 7):
+        for m in (p, 2 * p, 3 * p):
+            for chunks in (2, 3):
+                share = (p - 1) / (chunks * m)
+                bubble = timeline(interleaved_1f1b(p, m, chunks)).bubble
+                assert bubble == pytest.approx(share / (1 + share), abs=1e-12), (p, m, chunks)
+                assert bubble < timeline(one_f_one_b(p, m)).bubble
+
+
+def test_zero_bubble_leaves_only_what_the_weight_gradients_cannot_fill():
+    """Qi et al. 2023, table 2: a bubble of (p - 1)(F + B - W) for ZB-H1, against (p - 1)(F + B + W), for m >= p."""
+    for p in range(1, 7):
+        for m in range(p, 13):
+            run = timeline(zero_bubble(p, m))  # F = B = W = 1
+            assert run.makespan - 3 * m == p - 1, (p, m)
+            assert timeline(one_f_one_b(p, m)).makespan - 3 * m == 3 * (p - 1)
+
+
+@given(p=STAGES, m=MICROBATCHES)
+def test_1f1b_warms_up_with_as_many_forwards_as_stages_follow(p, m):
+    for stage, actions in enumerate(one_f_one_b(p, m)):
+        before_first_backward = next(i for i, action in enumerate(actions) if action.kind is BACKWARD)
+        warmup = min(p - stage - 1, m)
+        assert before_first_backward == min(warmup + 1, m)
+
+
+@given(p=STAGES, m=MICROBATCHES)
+def test_activations_held(p, m):
+    """GPipe holds all microbatches, 1F1B no more than stages are left, ZB-H1 no more than stage 0 of 1F1B."""
+    assert timeline(gpipe(p, m)).peak_activations == [m] * p
+    assert timeline(one_f_one_b(p, m)).peak_activations == [min(p - stage, m) for stage in range(p)]
+    assert max(timeline(zero_bubble(p, m)).peak_activations) == min(p, m)
+
+
+def test_messages_cost_time_only_to_those_who_wait():
+    free, charged = timeline(gpipe(3, 4)), timeline(gpipe(3, 4), comm_cost=0.5)
+    assert charged.makespan == free.makespan + 4 * 0.5  # two hops down, two hops up
+    assert timeline(gpipe(1, 4), comm_cost=0.5).makespan == 12
+
+
+def test_lowering_two_stages_by_hand():
+    forward, backward = Action(FORWARD, 0), Action(BACKWARD, 0)
+    assert lower(gpipe(2, 1)) == [
+        [forward, Action(SEND_FORWARD, 0), Action(RECV_BACKWARD, 0), backward],
+        [Action(RECV_FORWARD, 0), forward, backward, Action(SEND_BACKWARD, 0)],
+    ]
+
+
+def test_the_gradient_leaves_before_the_weights_wait_for_theirs():
+    last = lower(zero_bubble(2, 1))[1]
+    kinds = [action.kind for action in last]
+    assert kinds == [RECV_FORWARD, FORWARD, BACKWARD_INPUT, SEND_BACKWARD, BACKWARD_WEIGHT]
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_one_stage_neither_sends_nor_receives(name):
+    schedule = SCHEDULES[name](1, 4, 1)
+    assert lower(schedule) == schedule
+
+
+def test_the_ring_closes_between_chunks():
+    assert peer(SEND_FORWARD, 3, 4) == 0 and peer(RECV_FORWARD, 0, 4) == 3
+    assert peer(SEND_BACKWARD, 0, 4) == 3 and peer(RECV_BACKWARD, 3, 4) == 0
+    first_stage = lower(interleaved_1f1b(2, 2, 2))[0]
+    assert Action(RECV_FORWARD, 0, 1) in first_stage and Action(RECV_FORWARD, 0, 0) not in first_stage
+
+
+# What validate is for: each of these programs has one fault.
+
+
+def drop(program, stage, action):
+    program[stage].remove(action)
+
+
+def swap(program, stage, first, second):
+    actions = program[stage]
+    i, j = actions.index(first), actions.index(second)
+    actions[i], actions[j] = actions[j], actions[i]
+
+
+FAULTS = {
+    "a forward is missing": (
+        lambda program: drop(program, 1, Action(FORWARD, 2)),
+        "stage 1: F2 occurs 0 times",
+    ),
+    "a backward runs twice": (
+        lambda program: program[0].append(Action(BACKWARD, 3)),
+        "stage 0: B3 occurs 2 times",
+    ),
+    "a send is missing": (
+        lambda program: drop(program, 0, Action(SEND_FORWARD, 1)),
+        "stage 0: send F1 occurs 0 times",
+    ),
+    "a receive for nothing": (
+        lambda program: program[0].insert(0, Action(RECV_FORWARD, 0)),
+        "stage 0: recv F0 occurs 1 times, not 0",
+    ),
+    "backward before its forward": (
+        lambda program: swap(program, 2, Action(FORWARD, 3), Action(BACKWARD, 3)),
+        "stage 2, step .*: B3 comes before F3",
+    ),
+    "sent before it is made": (
+        lambda program: swap(program, 0, Action(FORWARD, 0), Action(SEND_FORWARD, 0)),
+        "stage 0, step 0: send F0 comes before F0",
+    ),
+    "used before it is received": (
+        lambda program: swap(program, 1, Action(FORWARD, 0), Action(RECV_FORWARD, 0)),
+        "stage 1, step 0: F0 comes before recv F0",
+    ),
+    "sends overtake each other": (
+        lambda program: swap(program, 0, Action(SEND_FORWARD, 0), Action(SEND_FORWARD, 1)),
+        "stage 0, step .*: send F1 comes before F1",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_a_corrupted_program_is_refused(fault):
+    spoil, message = FAULTS[fault]
+    program = lower(gpipe(3, 4))
+    validate(program)
+    spoil(program)
+    with pytest.raises(ValueError, match=message):
+        validate(program)
+
+
+def test_gradients_added_in_another_order_are_refused():
+    program = lower(zero_bubble(3, 4))
+    swap(program, 2, Action(BACKWARD_WEIGHT, 2), Action(BACKWARD_WEIGHT, 3))
+    with pytest.raises(ValueError, match="stage 2, step .*: W3 comes before W2"):
+        validate(program)
+
+
+def test_messages_in_another_order_than_they_are_taken_are_refused():
+    program = lower(gpipe(2, 2))
+    sends = [action for action in program[0] if action.kind is SEND_FORWARD]
+    program[0] = [action for action in program[0] if action.kind is not SEND_FORWARD]
+    program[0][2:2] = reversed(sends)
+    with pytest.raises(ValueError, match="stage 1, step 0: recv F0 would take recv F1"):
+        validate(program)
+
+
+def test_a_stage_that_waits_for_what_waits_for_it_is_a_deadlock():
+    """Without warm-up, stage 0 wants microbatch 0's gradient before stage 1, which runs GPipe, has all forwards."""
+    eager, patient = one_f_one_b(1, 2)[0], gpipe(1, 2)[0]
+    with pytest.raises(ValueError, match="deadlock: stage 0 waits at step 2, recv B0"):
+        validate(lower([eager, patient]))
+
+
+def test_backward_halves_must_both_run():
+    program = lower(zero_bubble(2, 2))
+    drop(program, 0, Action(BACKWARD_WEIGHT, 1))
+    with pytest.raises(ValueError, match="stage 0: W1 occurs 0 times"):
+        validate(program)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_sizes_below_one_are_refused(name, sizes):
+    with pytest.raises(ValueError, match="at least 1"):
+        SCHEDULES[name](*sizes)
+
+
+@pytest.mark.parametrize("schedule", ONE_CHUNK)
+def test_schedules_of_one_chunk_refuse_more(schedule):
+    with pytest.raises(ValueError, match="num_chunks=2"):
+        schedule(2, 2, 2)
+
+
+def test_drawing():
+    assert draw(timeline(one_f_one_b(2, 3))) == "\n".join(
+        [
+            "stage 0  F0 F1 ......B0--- F2 B1--- ...B2---",
+            "stage 1  ...F0 B0--- F1 B1--- F2 B2--- ......",
+            "bubble 25.0%, activations held 2 1",
+        ]
+    )
