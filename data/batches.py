@@ -4,21 +4,16 @@ Sample i of step s is the same window of text whoever reads it: one process or e
 a first run or in a resumed one. So the reader has no position to save and no generator to synchronise.
 """
 
-import json
 import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from heiretsu.data.corpus import load_corpus
+from heiretsu.data.folder import META, find_shards, first_chunks, read_meta
 from heiretsu.data.shards import check_vocab, raise_token_too_large, read_shard
 
-META = "meta.json"  # what data/prepare.py writes beside its shards
-# fineweb_train_000001.bin (FineWeb), train_000000.bin (data/prepare.py), tiny_shakespeare_val.bin (llm.c)
-_SHARD_NAME = re.compile(r"(?P<prefix>.*?)_?(?<![a-zA-Z0-9])(?P<split>train|val)(_\d+)?\.bin")
 _FULL_SCAN_TOKENS = 2**28  # up to half a GB of shards is checked whole before the run starts, in about 0.1 s
 _PART_SCAN_TOKENS = 2**20  # of each shard of a larger set; every window is checked again when it is read
 _64_BITS = 2**64 - 1
@@ -52,9 +47,10 @@ class TokenDataset:
         lengths = np.array([len(shard) for shard in self._shards])
         for name, length in zip(self.names, lengths, strict=True):
             if length < block_size + 1:
+                smaller = f"--block_size {length - 1} or less, or " if length > 1 else ""
                 raise ValueError(
                     f"{name}: {length} tokens, but --block_size {block_size} needs at least {block_size + 1} in every "
-                    f"shard; use --block_size {max(length - 1, 1)} or less, or more text"
+                    f"shard; use {smaller}more text"
                 )
         self.num_tokens = int(lengths.sum())
         limit = None if self.num_tokens <= _FULL_SCAN_TOKENS else _PART_SCAN_TOKENS
@@ -161,75 +157,16 @@ def open_data(
             for name, split in splits
         )
         return train, val
-    folder = Path(data_dir)
-    found, meta = _find_shards(folder), _read_meta(folder)
+    found, meta = find_shards(data_dir), read_meta(data_dir)
     if meta and meta["vocab_size"] > vocab_size:
         raise ValueError(
-            f"--data_dir {folder}: its {META} says tokenizer {meta['tokenizer']} with {meta['vocab_size']} ids, more "
+            f"--data_dir {data_dir}: its {META} says tokenizer {meta['tokenizer']} with {meta['vocab_size']} ids, more "
             f"than the model's vocabulary of {vocab_size}; use --tokenizer {meta['tokenizer']}"
         )
     datasets = []
     for split, chunks in (("train", num_train_chunks), ("val", num_val_chunks)):
         counts = meta["splits"][split] if meta else None
-        paths = _first_chunks(folder, split, found[split], chunks)
+        paths = first_chunks(data_dir, split, found[split], chunks)
         bytes_per_token = counts["bytes"] / counts["tokens"] if counts else None
         datasets.append(TokenDataset(paths, block_size, seed, vocab_size, bytes_per_token))
     return datasets[0], datasets[1]
-
-
-def tokenizer_of(data_dir: str | os.PathLike | None) -> str:
-    """Tokenizer that made this data: what prepare.py noted, else `gpt2`; `bytes` for the embedded corpus."""
-    if data_dir is None:
-        return "bytes"
-    meta = _read_meta(Path(data_dir))
-    return meta["tokenizer"] if meta else "gpt2"  # llm.c's version 1 shards are GPT-2's by definition
-
-
-def _find_shards(folder: Path) -> dict[str, list[Path]]:
-    """{"train": paths, "val": paths} in the order of their names; ValueError unless both are there, of one data set."""
-    if not folder.is_dir():
-        raise ValueError(f"--data_dir {folder}: no such folder; leave it out to train on the embedded corpus")
-    found: dict[str, list[Path]] = {"train": [], "val": []}
-    prefixes = set()
-    for path in sorted(folder.glob("*.bin")):
-        match = _SHARD_NAME.fullmatch(path.name)
-        if match:
-            found[match["split"]].append(path)
-            prefixes.add(match["prefix"])
-    for split, paths in found.items():
-        if not paths:
-            raise ValueError(
-                f"--data_dir {folder}: no {split} shards (fineweb_{split}_*.bin or {split}_*.bin) in it; make them "
-                f"with `python data/prepare.py FILES... --out DIR` or `python data/fineweb.py N`"
-            )
-    if len(prefixes) > 1:
-        names = ", ".join(repr(prefix or "train/val") for prefix in sorted(prefixes))
-        raise ValueError(f"--data_dir {folder}: shards of more than one data set ({names}); keep one in a folder")
-    return found
-
-
-def _first_chunks(folder: Path, split: str, paths: list[Path], chunks: int | None) -> list[Path]:
-    if chunks is None:
-        return paths
-    if not 1 <= chunks <= len(paths):
-        raise ValueError(
-            f"--num_{split}_chunks {chunks}: --data_dir {folder} has {len(paths)} {split} shard(s); "
-            f"choose 1 to {len(paths)}"
-        )
-    return paths[:chunks]
-
-
-def _read_meta(folder: Path) -> dict | None:
-    """What prepare.py wrote, or None if the folder has none; ValueError if it cannot be what prepare.py wrote."""
-    path = folder / META
-    if not path.is_file():
-        return None
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        counts = [meta["splits"][split][key] for split in ("train", "val") for key in ("tokens", "bytes")]
-        sound = isinstance(meta["tokenizer"], str) and min(meta["vocab_size"], *counts) > 0
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not what data/prepare.py writes ({type(error).__name__}: {error})") from error
-    if not sound:
-        raise ValueError(f"{path}: not what data/prepare.py writes (a count is not positive)")
-    return meta
