@@ -18,6 +18,14 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # @triton.jit reads it once 
 # operands of four bytes and more, where it exists. Each kernel file names its own entries in its header.
 TABLE: dict[str, dict[str, dict]] = {"ampere": {}, "hopper": {}, "blackwell": {}, "cdna3": {}, "interpreter": {}}
 
+# Attention. Interpreter: unequal blocks, so that a confusion of M and N shows, small enough for short tests.
+TABLE["interpreter"] |= {
+    "attention_forward": {None: dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1)},
+    "attention_delta": {None: dict(BLOCK_M=64, num_warps=4, num_stages=1)},
+    "attention_dkdv": {None: dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=1)},
+    "attention_dq": {None: dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1)},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class AuditCase:
@@ -41,13 +49,16 @@ class AuditCase:
     loop_flops: int | None = None
 
 
-_override: contextvars.ContextVar = contextvars.ContextVar("launch_override", default={})
+_override: contextvars.ContextVar = contextvars.ContextVar("launch_override", default=None)
 
 
 @contextlib.contextmanager
 def override(**parameters):
-    """Inside, every launch uses these parameters over the table's (num_stages=1, num_warps=8, ...)."""
-    token = _override.set({**_override.get(), **parameters})
+    """Inside, every launch uses these parameters over the table's (num_stages=1, num_warps=8, ...).
+
+    A kernel takes those of them that its entry in the table names.
+    """
+    token = _override.set({**(_override.get() or {}), **parameters})
     try:
         yield
     finally:
@@ -88,12 +99,18 @@ def require_device(op: str, *tensors) -> None:
     )
 
 
+def on(device: torch.device):
+    """Context in which Triton launches on `device`, which need not be the process's current GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def parameters(kernel: str, device: torch.device, size=None, itemsize: int = 2) -> dict:
     """Launch parameters of `kernel` (block sizes, num_warps, num_stages): a fresh dict of keyword arguments.
 
     size: picks the smallest key of the kernel's entry that is >= size. itemsize: bytes of an operand element.
     """
-    return lookup(kernel, architecture(device), size, itemsize) | _override.get()
+    entry = lookup(kernel, architecture(device), size, itemsize)
+    return entry | {name: value for name, value in (_override.get() or {}).items() if name in entry}
 
 
 def lookup(kernel: str, arch: str, size=None, itemsize: int = 2) -> dict:

@@ -1,0 +1,76 @@
+"""What the forward and backward attention kernels share: tiles of rows in and out, the dropout mask, the block sizes.
+
+Device functions only, inlined into the kernels. M queries, N keys, D head dim; a tile's D is padded to a power of two.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_rows(pointer, start, limit, stride_row, stride_dim, ROWS: tl.constexpr, MASKED: tl.constexpr,
+              D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Rows start .. start+ROWS-1 of a (limit, D) matrix, (ROWS, BLOCK_D). Outside the matrix 0; rows beyond limit only if MASKED.
+
+    Offsets are int64; the part that a loop over `start` does not change is computed once.
+    """
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    offsets = rows.to(tl.int64)[:, None] * stride_row + dims.to(tl.int64)[None, :] * stride_dim
+    pointers = pointer + tl.cast(start, tl.int64) * stride_row + offsets
+    if MASKED:
+        mask = (rows < limit - start)[:, None] & (dims < D)[None, :]
+        return tl.load(pointers, mask=mask, other=0.0)
+    if BLOCK_D != D:
+        return tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(pointer, tile, start, limit, stride_row, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store the part of a (ROWS, BLOCK_D) tile that lies in a (limit, D) matrix of stride 1, from row `start` on."""
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    offsets = (tl.cast(start, tl.int64) + rows)[:, None] * stride_row + dims[None, :]
+    mask = (rows < limit - start)[:, None] & (dims < D)[None, :]
+    tl.store(pointer + offsets, tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b, accumulated in float32 (float64 for float64). "ieee": TF32 would take 13 bits off float32 operands."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def dot_add(acc, a, b):
+    """acc + a @ b."""
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def keep_mask(keys, queries, head, batch, seed, THRESHOLD: tl.constexpr):
+    """Dropout's keep mask at global coordinates: `random.attention_keep_mask`, bit for bit. keys and queries broadcast."""
+    bits, _, _, _ = tl.philox(seed, keys, queries, head, batch)
+    return bits >= THRESHOLD
+
+
+def block_d(D: int) -> int:
+    """Width of a tile over the head dim: tl.dot takes powers of two from 16 on."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def audit_strides(*letters: str) -> tuple[dict, dict]:
+    """Types of the stride arguments of (batch, heads, length, D) operands, as a fused projection has them: the head dim
+    has stride 1, the others are divisible by 16. Returns (signature, constexprs); a letter pair names the operand and
+    its length ("qt": stride_qb, stride_qh, stride_qt, stride_qd)."""
+    signature = {f"stride_{name[0]}{dim}": "i32:16" for name in letters for dim in ("b", "h", name[1])}
+    return signature, {f"stride_{name[0]}d": 1 for name in letters}
+
+
+def audit_options(D: int, block_d: int) -> dict:
+    """Constexprs of an audited launch: causal, one query head a key head, no dropout."""
+    return dict(GROUP=1, CAUSAL=True, SCALE=D**-0.5, DROP_BELOW=0, KEEP_SCALE=1.0, D=D, BLOCK_D=block_d)
