@@ -131,7 +131,7 @@ def zero_bubble(num_stages: int, num_microbatches: int, num_chunks: int = 1) -> 
 
 
 # name -> function(num_stages, num_microbatches, num_chunks)
-SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
     "interleaved": interleaved_1f1b,

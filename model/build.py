@@ -1,0 +1,53 @@
+"""From sizes and a mesh to an engine that is ready to step."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from heiretsu.model.config import ModelConfig
+from heiretsu.model.gpt import build_stages
+from heiretsu.model.options import RunConfig
+from heiretsu.model.seeding import initialise
+from heiretsu.parallel.engine import Engine
+from heiretsu.parallel.mesh import Mesh
+from heiretsu.parallel.optimizer import LossScaler, optimizer_groups
+from heiretsu.parallel.schedules import SCHEDULES
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FP16_SCALE, FP16_GROWTH = 2.0**16, 2000  # torch.amp.GradScaler's
+
+
+def build_engine(config: RunConfig, mesh: Mesh, ops: ModuleType) -> Engine:
+    """The run's engine on this rank: initialised stages and AdamW. ops: heiretsu.kernels.plain or .fused."""
+    dtype = getattr(torch, config.dtype)
+    compute_dtype = COMPUTE_DTYPES.get(config.amp, dtype)
+    chunks = build_stages(config.model, mesh, ops, dtype, compute_dtype, config.seed)
+    engine = Engine(
+        chunks,
+        mesh,
+        hidden_size=config.model.n_embed,
+        hidden_dtype=compute_dtype,
+        num_microbatches=config.grad_accum_steps,
+        schedule=SCHEDULES[config.schedule](mesh.pp.size, config.grad_accum_steps),
+        grad_clip=config.grad_clip,
+        scaler=LossScaler(FP16_SCALE, FP16_GROWTH) if config.amp == "fp16" else None,
+    )
+    for chunk in chunks:
+        initialise(chunk, engine.table, config.seed)
+        if config.compile:
+            for block in chunk.blocks.values():
+                block.compile()
+    groups = optimizer_groups(engine.params, engine.table, config.weight_decay)
+    engine.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return engine
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the whole model, padding left out; 124,439,808 for gpt2, as published."""
+    V, C, F, E = config.vocab_size, config.n_embed, config.ffn_size, config.num_experts
+    mlp = 2 * C * F + F + C
+    layer = 4 * C * C + 4 * C + 4 * C  # attention, its biases, two norms
+    total = V * C + config.block_size * C + 2 * C
+    return total + sum(layer + (E * mlp + E * C if config.is_moe(i) else mlp) for i in range(config.n_layer))

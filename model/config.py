@@ -1,0 +1,103 @@
+"""What a model is: sizes, presets, and what they cost. Knows nothing of meshes or devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VOCAB_MULTIPLE = 128  # GEMMs like whole tiles; fixed, so that a weight has one global shape on every topology
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A GPT-2 (Radford et al. 2019), dense where num_experts is 0, else with a mixture of experts every moe_freq
+    layers."""
+
+    vocab_size: int = 257
+    block_size: int = 128
+    n_layer: int = 4
+    n_head: int = 4
+    n_embed: int = 128
+    dropout: float = 0.0
+    num_experts: int = 0
+    top_k: int = 2
+    moe_freq: int = 2
+    aux_loss_coef: float = 0.01
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embed // self.n_head
+
+    @property
+    def ffn_size(self) -> int:
+        return 4 * self.n_embed
+
+    def is_moe(self, layer: int) -> bool:
+        """Every moe_freq-th layer, counted from 1, is a mixture: layers 1, 3, 5, ... for moe_freq 2."""
+        return self.num_experts > 0 and (layer + 1) % self.moe_freq == 0
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [layer for layer in range(self.n_layer) if self.is_moe(layer)]
+
+    def layer_macs(self, layer: int) -> int:
+        """Multiply-adds of one token in one block's forward, attention at half of the square (causal)."""
+        C = self.n_embed
+        mlp = 2 * C * self.ffn_size
+        if self.is_moe(layer):
+            mlp = mlp * self.top_k + C * self.num_experts
+        return 4 * C * C + self.block_size * C + mlp
+
+    @property
+    def head_macs(self) -> int:
+        return self.padded_vocab_size * self.n_embed
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of one training step: 2 per multiply-add, three times (forward, dx, dw). For MFU; recomputation not
+        counted."""
+        return 6 * (sum(map(self.layer_macs, range(self.n_layer))) + self.head_macs)
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embed": 128, "block_size": 128},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embed": 768, "block_size": 1024},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embed": 1024, "block_size": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embed": 1280, "block_size": 1024},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embed": 1600, "block_size": 1024},
+}
+
+
+def split_layers(config: ModelConfig, num_stages: int) -> list[range]:
+    """Contiguous layers for each pipeline stage, such that the costliest stage is as cheap as can be.
+
+    Each stage has a layer at least; the last one also pays for the head. Raises ValueError with fewer layers than
+    stages.
+    """
+    if num_stages > config.n_layer:
+        raise ValueError(f"--pp {num_stages} stages need at least as many layers, but --n_layer is {config.n_layer}")
+    costs = [config.layer_macs(layer) for layer in range(config.n_layer)]
+
+    def stage_cost(first: int, stop: int) -> int:
+        return sum(costs[first:stop]) + (config.head_macs if stop == config.n_layer else 0)
+
+    # best[s][n]: (cost of the costliest of s stages over the first n layers, where the last of them begins)
+    best = [{0: (0, 0)}]
+    for stage in range(1, num_stages + 1):
+        row = {}
+        for stop in range(stage, config.n_layer + 1):
+            row[stop] = min(
+                (max(cost, stage_cost(first, stop)), first) for first, (cost, _) in best[-1].items() if first < stop
+            )
+        best.append(row)
+
+    stages: list[range] = []
+    stop = config.n_layer
+    for stage in range(num_stages, 0, -1):
+        first = best[stage][stop][1]
+        stages.insert(0, range(first, stop))
+        stop = first
+    return stages

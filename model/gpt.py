@@ -1,0 +1,189 @@
+"""GPT-2 with any range of its layers: the whole model, or one stage of a pipeline, with the same names.
+
+Built from the layers of heiretsu.parallel and handed `ops`, heiretsu.kernels.plain or .fused.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from heiretsu.model.config import ModelConfig, split_layers
+from heiretsu.model.moe import MoE
+from heiretsu.model.seeding import fold
+from heiretsu.parallel.mesh import Mesh
+from heiretsu.parallel.pipeline import Microbatch, StageOutput
+from heiretsu.parallel.placement import Spec, declare
+from heiretsu.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+
+INIT_STD = 0.02
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, mesh: Mesh, features: int, ops, dtype: torch.dtype):
+        super().__init__()
+        self.ops = ops
+        declare(self, mesh, dtype, weight=Spec((features,), fill=1.0), bias=Spec((features,)))
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        """norm(x), or (norm(x + residual), x + residual). x: (B, T, C)."""
+        return self.ops.layer_norm(x, self.weight, self.bias, residual=residual)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; heads are split over tp."""
+
+    def __init__(self, mesh: Mesh, config: ModelConfig, ops, residual_std: float, dtype: torch.dtype):
+        super().__init__()
+        C = config.n_embed
+        self.ops, self.dropout, self.head_dim = ops, config.dropout, config.head_dim
+        self.first_head = mesh.tp.index * (config.n_head // mesh.tp.size)
+        self.qkv = ColumnParallelLinear(mesh, C, C, INIT_STD, dtype, parts=3)
+        self.proj = RowParallelLinear(mesh, C, C, residual_std, dtype)
+
+    def forward(self, x: torch.Tensor, seed: int, first_sample: int) -> torch.Tensor:
+        """x: (B, T, C), whole. Returns (B, T, C), whole."""
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, 3, -1, self.head_dim)  # this rank's heads
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H / tp, T, D), views
+        dropout_p = self.dropout if self.training else 0.0
+        offsets = (first_sample, self.first_head)
+        out = self.ops.attention(q, k, v, causal=True, dropout_p=dropout_p, seed=seed, offsets=offsets)
+        return self.proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, mesh: Mesh, config: ModelConfig, ops, residual_std: float, dtype: torch.dtype):
+        super().__init__()
+        self.ops = ops
+        self.fc = ColumnParallelLinear(mesh, config.n_embed, config.ffn_size, INIT_STD, dtype)
+        self.proj = RowParallelLinear(mesh, config.ffn_size, config.n_embed, residual_std, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.ops.bias_gelu(self.fc.project(x), self.fc.bias))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with a dense or a mixture MLP. layer: index in the whole model."""
+
+    def __init__(self, layer: int, mesh: Mesh, config: ModelConfig, ops, seed: int, dtype: torch.dtype):
+        super().__init__()
+        self.layer, self.config, self.ops, self.seed = layer, config, ops, seed
+        residual_std = INIT_STD / math.sqrt(2 * config.n_layer)  # Radford et al. 2019, section 2.3
+        self.ln_1 = LayerNorm(mesh, config.n_embed, ops, dtype)
+        self.attn = Attention(mesh, config, ops, residual_std, dtype)
+        self.ln_2 = LayerNorm(mesh, config.n_embed, ops, dtype)
+        self.mlp = (MoE if config.is_moe(layer) else MLP)(mesh, config, ops, residual_std, dtype)
+
+    def forward(self, x: torch.Tensor, step: int, first_sample: int):
+        """x: (B, T, C). Returns x (B, T, C), and (balance loss, tokens per expert) where the MLP is a mixture."""
+        attended = self.attn(self.ln_1(x), self._seed(step, "attention"), first_sample)
+        normed, x = self.ln_2(self._drop(attended, step, "attention output", first_sample), residual=x)
+        out, routing = self.mlp(normed), None
+        if self.config.is_moe(self.layer):
+            out, *routing = out
+        return x + self._drop(out, step, "mlp output", first_sample), routing
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.config.dropout > 0.0
+
+    def _seed(self, step: int, site: str) -> int:
+        return fold(self.seed, step, self.layer, site) if self._drops else 0
+
+    def _drop(self, x, step, site, first_sample):
+        return self.ops.dropout(x, self.config.dropout, self._seed(step, site), first_sample) if self._drops else x
+
+
+class GPT(nn.Module):
+    """Layers `layers` of the model, with the embedding below if the first is among them and the head above if the last.
+
+    dtype: of the parameters. compute_dtype: of the activations; matrix products are done in it. seed: of dropout.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        ops,
+        layers: range | None = None,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        layers = range(config.n_layer) if layers is None else layers
+        self.config, self.ops, self.seed = config, ops, seed
+        self.compute_dtype = compute_dtype or dtype
+        self.is_first, self.is_last = layers.start == 0, layers.stop == config.n_layer
+        if self.is_first or self.is_last:  # one tensor, tied: embedding below, head above
+            V = config.vocab_size, config.padded_vocab_size
+            self.wte = VocabParallelEmbedding(mesh, *V, config.n_embed, INIT_STD, dtype)
+        if self.is_first:
+            self.wpe = PositionEmbedding(mesh, config, dtype)
+        self.blocks = nn.ModuleDict({str(i): Block(i, mesh, config, ops, seed, dtype) for i in layers})
+        if self.is_last:
+            self.ln_f = LayerNorm(mesh, config.n_embed, ops, dtype)
+
+    def forward(self, hidden: torch.Tensor | None, batch: Microbatch) -> StageOutput:
+        """hidden: (B, T, C) from the stage before, None on the first. See StageOutput for what comes out."""
+        x = self.embed(batch) if self.is_first else hidden
+        x, aux_loss, load = self.run_blocks(x, batch.step, batch.first_sample)
+        objective = self.config.aux_loss_coef * aux_loss
+        if not self.is_last:
+            return StageOutput(x, objective, None, aux_loss, load)
+        normed = self.ln_f(x).flatten(0, 1)
+        loss = self.wte.cross_entropy(normed, batch.targets.flatten(), self.ops).mean()
+        return StageOutput(None, objective + loss, loss, aux_loss, load)
+
+    def run_blocks(self, x: torch.Tensor, step: int, first_sample: int):
+        """x: (B, T, C). Returns x, the mean balance loss of these layers, and the tokens of each expert."""
+        aux_loss, load = torch.zeros((), dtype=self._loss_dtype, device=x.device), self._no_load(x.device)
+        for block in self.blocks.values():
+            x, routing = block(x, step, first_sample)
+            if routing is not None:
+                aux_loss = aux_loss + routing[0].to(aux_loss.dtype) / len(self.config.moe_layers)
+                load[self.config.moe_layers.index(block.layer)] = routing[1]
+        return x, aux_loss, load
+
+    def next_token_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: (B, T) int64. Returns (B, V), the logits of what follows. Needs the whole model on one device."""
+        x, _, _ = self.run_blocks(self.embed(Microbatch(ids, ids)), 0, 0)
+        return self.ln_f(x[:, -1]) @ self.wte.weight[: self.config.vocab_size].to(x.dtype).T
+
+    def _no_load(self, device) -> torch.Tensor | None:
+        layers = len(self.config.moe_layers)
+        return torch.zeros(layers, self.config.num_experts, dtype=torch.long, device=device) if layers else None
+
+    @property
+    def _loss_dtype(self) -> torch.dtype:
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    def embed(self, batch: Microbatch) -> torch.Tensor:
+        x = self.wte(batch.inputs, self.compute_dtype) + self.wpe(batch.inputs.shape[1], self.compute_dtype)
+        if self.training and self.config.dropout > 0.0:
+            seed = fold(self.seed, batch.step, "embedding")
+            x = self.ops.dropout(x, self.config.dropout, seed, batch.first_sample)
+        return x
+
+
+class PositionEmbedding(nn.Module):
+    """Learned positions. weight: (block_size, C)."""
+
+    def __init__(self, mesh: Mesh, config: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        declare(self, mesh, dtype, weight=Spec((config.block_size, config.n_embed), std=INIT_STD, decay=True))
+
+    def forward(self, length: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight[:length].to(dtype)
+
+
+def build_stages(
+    config: ModelConfig, mesh: Mesh, ops, dtype: torch.dtype, compute_dtype: torch.dtype, seed: int, num_chunks: int = 1
+) -> list[GPT]:
+    """This rank's stages of the model: chunk c is virtual stage c * pp + pp_rank of num_chunks * pp."""
+    layers = split_layers(config, mesh.pp.size * num_chunks)
+    mine = [layers[chunk * mesh.pp.size + mesh.pp.index] for chunk in range(num_chunks)]
+    return [GPT(config, mesh, ops, part, dtype, compute_dtype, seed) for part in mine]

@@ -1,0 +1,94 @@
+"""Mixture-of-experts feed-forward block: router, experts and the loss that balances them.
+
+Experts are split over ep, and each expert's features over tp; routing is computed on every tp rank alike.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from heiretsu.model.config import ModelConfig
+from heiretsu.parallel.collectives import copy, reduce
+from heiretsu.parallel.expert import combine, dispatch
+from heiretsu.parallel.mesh import Axis, Mesh
+from heiretsu.parallel.placement import Spec, declare
+
+
+class Router(nn.Module):
+    """Token scores for each expert, in float32 at least: a rounded tie would send a token elsewhere."""
+
+    def __init__(self, mesh: Mesh, config: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        shape = (config.num_experts, config.n_embed)
+        declare(self, mesh, dtype, weight=Spec(shape, std=0.02, decay=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight)
+
+
+class MoE(nn.Module):
+    """Dropless top-k mixture of two-layer GELU experts.
+
+    w1: (E, C, F) and b1: (E, F), split over ep and, in F, over tp. w2: (E, F, C) likewise; b2: (E, C), over ep.
+    """
+
+    def __init__(self, mesh: Mesh, config: ModelConfig, ops, residual_std: float, dtype: torch.dtype):
+        super().__init__()
+        E, C, F = config.num_experts, config.n_embed, config.ffn_size
+        self.config, self.ops, self.tp, self.ep = config, ops, mesh.tp, mesh.ep
+        self.router = Router(mesh, config, dtype)
+        declare(
+            self,
+            mesh,
+            dtype,
+            w1=Spec((E, C, F), ((0, "ep"), (2, "tp")), std=0.02, expert=True, decay=True),
+            b1=Spec((E, F), ((0, "ep"), (1, "tp")), expert=True),
+            w2=Spec((E, F, C), ((0, "ep"), (1, "tp")), std=residual_std, expert=True, decay=True),
+            b2=Spec((E, C), ((0, "ep"),), expert=True),
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x: (B, T, C), whole on every tp rank. Returns y (B, T, C), whole; the balance loss; tokens per expert
+        (E,)."""
+        B, T, C = x.shape
+        tokens = x.reshape(B * T, C)
+        logits = self.router(tokens)
+        gates, experts = self.ops.route(logits, self.config.top_k)
+        aux_loss, load = balance_loss(logits.view(B, T, -1), experts.view(B, T, -1))
+
+        # From here to `reduce`, each tp rank works on its part of F: what enters has partial gradients.
+        y = self._experts(copy(tokens, self.tp), experts, copy(gates, self.tp))  # (N, C), partial sum over tp
+        return reduce(y, self.tp).view(B, T, C), aux_loss, load
+
+    def _experts(self, x, experts, gates):
+        weights = self.w1, self.b1, self.w2, once(self.b2, self.tp)
+        if self.ep.size == 1:
+            return self.ops.expert_mlp(x, experts, gates, *weights)
+        there = dispatch(x, experts, self.config.num_experts, self.ep)
+        ones = gates.new_ones(len(there.rows), 1)  # the gates stay at home, and weigh the rows that return
+        y = self.ops.expert_mlp(there.rows, there.experts[:, None], ones, *weights)
+        return combine(y, gates, there, self.ep)
+
+
+def once(bias: torch.Tensor, tp: Axis) -> torch.Tensor:
+    """A bias inside a partial sum over tp: itself on one rank and zero on the others, with its whole gradient on
+    all."""
+    return bias if tp.size == 1 else copy(bias, tp) * float(tp.index == 0)
+
+
+def balance_loss(logits: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Switch balance loss of each sequence, averaged over sequences (Fedus et al. 2021, arXiv:2101.03961, eq. 4).
+
+    logits: (B, T, E). experts: (B, T, K). For a sequence: E * sum_e f_e * p_e, with f_e the share of its token slots
+    sent
+    to expert e and p_e its mean probability. Taken within sequences, so that it does not depend on how they are
+    grouped.
+    Returns the loss, 1 when balanced, and the tokens of each expert, (E,) int64.
+    """
+    E = logits.shape[-1]
+    chosen = torch.zeros_like(logits).scatter_add(2, experts, torch.ones_like(logits[..., : experts.shape[2]]))
+    share = chosen.mean(1) / experts.shape[2]  # (B, E)
+    prob = logits.softmax(-1).mean(1)  # (B, E)
+    return E * (share * prob).sum(-1).mean(), chosen.sum((0, 1)).long()

@@ -1,0 +1,275 @@
+"""The command line of train.py: every flag, its default, and every check that needs no device.
+
+`parse_args` turns the command line into one frozen `RunConfig`. It imports neither torch nor anything slow, so that a
+wrong combination is refused in well under a second, on every rank alike, before a process group exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import NoReturn
+
+from heiretsu.model.config import PRESETS, ModelConfig, split_layers
+
+VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole training run. model: its sizes. The other fields are the flags of the same names."""
+
+    model: ModelConfig
+    preset: str
+    data_dir: str | None
+    tokenizer: str
+    vocab_dir: str | None
+    num_train_chunks: int | None
+    num_val_chunks: int | None
+    batch_size: int
+    grad_accum_steps: int
+    max_iters: int
+    eval_interval: int
+    eval_iters: int
+    learning_rate: float
+    warmup_iters: int
+    min_lr: float | None
+    weight_decay: float
+    betas: tuple[float, float]
+    grad_clip: float
+    amp: str
+    dtype: str
+    compile: bool
+    fused: bool
+    device: str
+    dist_backend: str | None
+    seed: int
+    dp: int
+    ep: int
+    pp: int
+    tp: int
+    schedule: str
+    log_file: str | None
+    wandb: bool
+    wandb_project: str
+    wandb_entity: str | None
+    wandb_mode: str
+    run_name: str | None
+    checkpoint_dir: str | None
+    save_interval: int
+    resume: str
+    keep: int
+    sample_tokens: int
+
+    @property
+    def replicas(self) -> int:
+        return self.dp * self.ep
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of one optimizer step, over all replicas and microbatches."""
+        return self.batch_size * self.grad_accum_steps * self.replicas
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.model.block_size
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
+    """The run that a command line asks for. Exits with status 2 and one line that says what to change."""
+    flags = vars(_parser().parse_args(argv))
+    flags["tokenizer"] = flags["tokenizer"] or _tokenizer_of(flags["data_dir"])
+    sizes = {**PRESETS[flags["preset"]], "vocab_size": VOCAB_SIZES[flags["tokenizer"]]}
+    for name in ModelConfig.__dataclass_fields__:
+        value = flags.pop(name, None)
+        if value is not None:
+            sizes[name] = value
+    flags["betas"] = tuple(flags["betas"])
+    config = RunConfig(model=ModelConfig(**sizes), **flags)
+    if config.save_interval and config.checkpoint_dir is None:
+        config = replace(config, checkpoint_dir=os.path.join("runs", config.run_name or "checkpoints"))
+    try:
+        check(config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    except ValueError as error:
+        refuse(error)
+    return config
+
+
+def refuse(why: object) -> NoReturn:
+    """End this process with status 2 and one line, which rank 0 prints; it says the same on every rank."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(2)  # torchrun ends all ranks when one has ended: rank 0's line must be out first
+    else:
+        print(f"train.py: error: {why}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse, without the page of usage before each error."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(f"{message} (see train.py --help)")
+
+
+def _tokenizer_of(data_dir: str | None) -> str:
+    """bytes for the embedded corpus; else what data/prepare.py noted in the folder, or gpt2."""
+    if data_dir is None:
+        return "bytes"
+    try:
+        with open(os.path.join(data_dir, "meta.json")) as file:
+            return json.load(file)["tokenizer"]
+    except (OSError, ValueError, KeyError):  # FineWeb's shards come without; what is wrong is said when they are opened
+        return "gpt2"
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Raise ValueError, in the words of the flags, for a combination that cannot run."""
+    _check_ranges(config)
+    _check_model(config.model)
+    _check_topology(config, world_size)
+    if config.amp != "none" and config.dtype == "float64":
+        raise ValueError(f"--amp {config.amp} lowers precision and --dtype float64 raises it: choose one of them")
+    if config.amp == "fp16" and config.device == "cpu":
+        raise ValueError("--amp fp16 needs a GPU, but --device is cpu: use --amp bf16, which works on a CPU")
+    if config.min_lr is not None and config.min_lr > config.learning_rate:
+        raise ValueError(f"--min_lr {config.min_lr} is above --learning_rate {config.learning_rate}")
+    if config.warmup_iters > config.max_iters:
+        raise ValueError(f"--warmup_iters {config.warmup_iters} is more than --max_iters {config.max_iters}")
+    if config.data_dir is not None and not os.path.isdir(config.data_dir):
+        raise ValueError(f"--data_dir {config.data_dir}: there is no such directory (data/prepare.py makes one)")
+
+
+def _check_ranges(config: RunConfig) -> None:
+    at_least = {
+        1: ("batch_size", "grad_accum_steps", "max_iters", "eval_iters", "dp", "ep", "pp", "tp", "keep"),
+        0: ("eval_interval", "warmup_iters", "weight_decay", "grad_clip", "save_interval", "sample_tokens"),
+    }
+    for low, names in at_least.items():
+        for name in names:
+            if getattr(config, name) < low:
+                raise ValueError(f"--{name} {getattr(config, name)} must be at least {low}")
+    for name in ("num_train_chunks", "num_val_chunks"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
+    if not config.learning_rate > 0:
+        raise ValueError(f"--learning_rate {config.learning_rate} must be above 0")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise ValueError(f"--betas {config.betas[0]} {config.betas[1]} must both be in [0, 1)")
+
+
+def _check_model(model: ModelConfig) -> None:
+    for name in ("n_layer", "n_head", "n_embed", "block_size"):
+        if getattr(model, name) < 1:
+            raise ValueError(f"--{name} {getattr(model, name)} must be at least 1")
+    if model.n_embed % model.n_head:
+        raise ValueError(f"--n_head {model.n_head} does not divide --n_embed {model.n_embed}: heads have equal sizes")
+    if not 0 <= model.dropout < 1:
+        raise ValueError(f"--dropout {model.dropout} must be in [0, 1)")
+    if model.num_experts < 0:
+        raise ValueError(f"--num_experts {model.num_experts} must be at least 0")
+    if model.num_experts:
+        if not 1 <= model.top_k <= model.num_experts:
+            raise ValueError(f"--top_k {model.top_k} must be in 1..{model.num_experts}, the number of --num_experts")
+        if not 1 <= model.moe_freq <= model.n_layer:
+            raise ValueError(
+                f"--moe_freq {model.moe_freq} must be in 1..{model.n_layer} (--n_layer), or no layer has experts"
+            )
+
+
+def _check_topology(config: RunConfig, world_size: int) -> None:
+    model = config.model
+    ranks = config.dp * config.ep * config.pp * config.tp
+    if ranks != world_size:
+        raise ValueError(
+            f"--dp {config.dp} x --ep {config.ep} x --pp {config.pp} x --tp {config.tp} = {ranks} ranks, but "
+            f"{world_size} process{'es' * (world_size > 1)} started: use torchrun --nproc_per_node={ranks}"
+        )
+    if model.n_head % config.tp:
+        fitting = ", ".join(str(n) for n in range(1, model.n_head + 1) if model.n_head % n == 0)
+        raise ValueError(
+            f"--tp {config.tp} does not divide --n_head {model.n_head}: each tp rank needs a whole number of heads "
+            f"(try --tp {fitting})"
+        )
+    if config.ep > 1 and not model.num_experts:
+        raise ValueError(f"--ep {config.ep} splits experts, but --num_experts is 0: set --num_experts, or use --dp")
+    if model.num_experts % config.ep:
+        raise ValueError(f"--ep {config.ep} does not divide --num_experts {model.num_experts}")
+    split_layers(model, config.pp)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="train.py",
+        allow_abbrev=False,
+        description="Train a GPT-2 or mixture-of-experts model with data, expert, pipeline and tensor parallelism.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data_dir",
+        help="token shards (fineweb_train_*.bin, or what data/prepare.py writes); default: embedded corpus",
+    )
+    add("--tokenizer", choices=sorted(VOCAB_SIZES), help="default: that of --data_dir, bytes for the embedded corpus")
+    add("--vocab_dir", help="folder with GPT-2's encoder.json and vocab.bpe, where tiktoken cannot download them")
+    add("--num_train_chunks", type=int, help="read only the first so many training shards")
+    add("--num_val_chunks", type=int, help="read only the first so many validation shards")
+    add("--batch_size", type=int, default=16, help="sequences per microbatch per data replica")
+    add("--block_size", type=int, help="tokens of a sequence; default: the preset's")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--preset", choices=sorted(PRESETS), default="tiny", help="sizes; the flags below override it")
+    for name in ("n_layer", "n_head", "n_embed"):
+        add(f"--{name}", type=int, help="default: the preset's")
+    add("--dropout", type=float, default=ModelConfig.dropout)
+    add("--num_experts", type=int, default=ModelConfig.num_experts, help="experts of a mixture layer; 0: dense")
+    add("--top_k", type=int, default=ModelConfig.top_k, help="experts that serve a token")
+    add("--moe_freq", type=int, default=ModelConfig.moe_freq, help="every so many layers, one is a mixture")
+    add("--aux_loss_coef", type=float, default=ModelConfig.aux_loss_coef, help="weight of the balance loss")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--max_iters", type=int, default=1000, help="optimizer steps")
+    add("--grad_accum_steps", type=int, default=1, help="microbatches of a step; with --pp, what fills the pipeline")
+    add("--learning_rate", type=float, default=1e-3)
+    add("--warmup_iters", type=int, default=0, help="steps of linear warm-up")
+    add("--min_lr", type=float, help="cosine decay to this; default: constant")
+    add("--weight_decay", type=float, default=0.1)
+    add("--betas", type=float, nargs=2, default=(0.9, 0.95), metavar=("B1", "B2"))
+    add("--grad_clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
+    add("--seed", type=int, default=1337)
+
+    add = parser.add_argument_group("parallelism").add_argument
+    for name, what in {"dp": "data", "ep": "expert", "pp": "pipeline", "tp": "tensor"}.items():
+        add(f"--{name}", type=int, default=1, help=f"{what}-parallel ranks")
+    add("--schedule", choices=("gpipe", "1f1b"), default="1f1b", help="order of work in the pipeline")
+    add("--dist_backend", choices=("nccl", "gloo"), help="default: nccl on CUDA, gloo elsewhere")
+
+    add = parser.add_argument_group("device and precision").add_argument
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--amp", choices=("none", "fp16", "bf16"), default="none", help="precision of the activations")
+    add("--dtype", choices=("float32", "float64"), default="float32", help="precision of the parameters")
+    add("--fused", action="store_true", help="run the fused kernels instead of plain PyTorch")
+    add("--compile", action="store_true", help="torch.compile each block")
+
+    add = parser.add_argument_group("evaluation, logs and checkpoints").add_argument
+    add("--eval_interval", type=int, default=250, help="steps between evaluations; 0: none")
+    add("--eval_iters", type=int, default=10, help="global batches of an evaluation")
+    add("--sample_tokens", type=int, default=300, help="tokens generated at the end, on one process; 0: none")
+    add("--log_file", help="JSON lines, one a step")
+    add("--checkpoint_dir", help="default with --save_interval: runs/checkpoints, or runs/RUN_NAME")
+    add("--save_interval", type=int, default=0, help="steps between checkpoints; 0: none")
+    add("--resume", default="none", help="auto: the newest checkpoint of --checkpoint_dir; none; or a path")
+    add("--keep", type=int, default=2, help="checkpoints kept")
+    add("--wandb", action="store_true")
+    add("--wandb_project", default="heiretsu")
+    add("--wandb_entity")
+    add("--wandb_mode", choices=("online", "offline", "disabled"), default="online")
+    add("--run_name")
+    return parser

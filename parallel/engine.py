@@ -1,0 +1,121 @@
+"""One training step on any mesh: run the schedule, average gradients, agree on the norm, step or skip together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from heiretsu.parallel.collectives import all_reduce
+from heiretsu.parallel.data import BUCKET_BYTES, GradientAverager
+from heiretsu.parallel.mesh import Mesh
+from heiretsu.parallel.optimizer import LossScaler, gradient_norm
+from heiretsu.parallel.pipeline import Microbatch, Totals, run_schedule
+from heiretsu.parallel.placement import Table, placement_table
+from heiretsu.parallel.schedules import Schedule, forward_only, lower, validate
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A step, seen alike by every rank. Means over the global batch; expert_load is None without experts.
+
+    loss: cross-entropy, in nats. aux_loss: balance loss, mean over the MoE layers. grad_norm: before clipping, NaN
+    when a
+    gradient was not finite; the step was then skipped. expert_load: (MoE layers, E) tokens of the global batch.
+    """
+
+    loss: float
+    aux_loss: float
+    grad_norm: float
+    skipped: bool
+    expert_load: torch.Tensor | None = None
+
+
+class Engine:
+    """A model's stages on this rank, with all that turns microbatches into a step.
+
+    chunks: this rank's pipeline stages (one, or several virtual ones). hidden_size, hidden_dtype: of what travels
+    between
+    stages. schedule: of compute actions, for all stages. grad_clip: largest gradient norm, 0 for no clipping.
+    optimizer: made by the caller over `engine.params`.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        mesh: Mesh,
+        hidden_size: int,
+        hidden_dtype: torch.dtype,
+        num_microbatches: int,
+        schedule: Schedule,
+        grad_clip: float = 0.0,
+        scaler: LossScaler | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+    ):
+        self.chunks, self.mesh = chunks, mesh
+        self.hidden_size, self.hidden_dtype = hidden_size, hidden_dtype
+        self.num_microbatches, self.grad_clip, self.scaler = num_microbatches, grad_clip, scaler or LossScaler()
+        self.params = {name: param for chunk in chunks for name, param in chunk.named_parameters()}
+        self.table: Table = {name: place for chunk in chunks for name, place in placement_table(chunk, mesh).items()}
+        self.averager = GradientAverager(self.params, self.table, bucket_bytes)
+        program = lower(schedule)
+        validate(program)
+        self.actions = program[mesh.pp.index]
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def grads(self) -> dict[str, torch.Tensor]:
+        return {name: param.grad for name, param in self.params.items()}
+
+    def accumulate(self, batches: Sequence[Microbatch]) -> Totals:
+        """Forward and backward of all microbatches. Gradients are then global means, times the loss scale."""
+        assert len(batches) == self.num_microbatches
+        for chunk in self.chunks:
+            chunk.train()
+        self.averager.prepare(self.num_microbatches)
+        totals = self._run(self.actions, batches, self.scaler.scale)
+        self.averager.finish()
+        return totals
+
+    def step(self, batches: Sequence[Microbatch]) -> StepReport:
+        """One optimizer step on this rank's microbatches of the global batch."""
+        totals = self.accumulate(batches)
+        norm = gradient_norm(self.grads, self.table, self.mesh).item() / self.scaler.scale
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            self._apply(norm)
+        self.scaler.update(skipped)
+        loss, aux_loss, expert_load = self._means(totals, len(batches))
+        return StepReport(loss, aux_loss, norm, skipped, expert_load)
+
+    def _apply(self, norm: float) -> None:
+        factor = min(1.0, self.grad_clip / (norm + 1e-6)) if self.grad_clip > 0 else 1.0
+        factor /= self.scaler.scale
+        if factor != 1.0:
+            self.averager.scale(factor)
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Microbatch]) -> float:
+        """Mean cross-entropy over the given microbatches of all replicas; the same number on every rank."""
+        for chunk in self.chunks:
+            chunk.eval()
+        actions = lower(forward_only(self.mesh.pp.size, len(batches), len(self.chunks)))[self.mesh.pp.index]
+        return self._means(self._run(actions, batches, 1.0), len(batches))[0]
+
+    def _run(self, actions, batches, loss_scale) -> Totals:
+        return run_schedule(
+            actions, self.chunks, batches, self.mesh, self.hidden_size, self.hidden_dtype, loss_scale=loss_scale
+        )
+
+    def _means(self, totals: Totals, num_microbatches: int) -> tuple[float, float, torch.Tensor | None]:
+        """Global mean loss, balance loss and expert loads, from every stage of every replica; tp ranks hold copies."""
+        means = torch.stack([totals.loss, totals.aux_loss]) / (num_microbatches * self.mesh.replica.size)
+        loads = totals.expert_load
+        mine = means if loads is None else torch.cat([means, loads.flatten().double()])
+        mine = mine * float(self.mesh.tp.index == 0)
+        loss, aux_loss, *counts = all_reduce(mine, self.mesh.world).tolist()
+        return loss, aux_loss, None if loads is None else torch.tensor(counts).view_as(loads).long()

@@ -1,0 +1,54 @@
+"""Expert parallelism: tokens travel to the rank that holds their expert, and back.
+
+Lepikhin et al. 2020 (arXiv:2006.16668), without capacities: every token is served. Both ways are one differentiable
+exchange each, and a rank with no tokens to send, or none to serve, still takes part in every one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from heiretsu.parallel.collectives import exchange
+from heiretsu.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows that this rank serves, and the way back.
+
+    rows: (M, C), in order of the sending rank. experts: (M,) int64, indices among this rank's experts.
+    """
+
+    rows: torch.Tensor
+    experts: torch.Tensor
+    order: torch.Tensor
+    sent: list[int]
+    received: list[int]
+
+
+def dispatch(x: torch.Tensor, experts: torch.Tensor, num_experts: int, ep: Axis) -> Dispatched:
+    """Send each token to its experts. x: (N, C). experts: (N, K) int64, global indices.
+
+    Rank i of the axis holds experts i * E/ep .. (i + 1) * E/ep - 1. The counts are read on the host, once.
+    """
+    per_rank = num_experts // ep.size
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)  # (N * K,), by expert and so by rank
+    counts = torch.bincount(flat // per_rank, minlength=ep.size)
+    their_counts = torch.empty_like(counts)
+    dist.all_to_all_single(their_counts, counts, group=ep.group)
+    sent, received = counts.tolist(), their_counts.tolist()
+
+    rows = exchange(x[order // experts.shape[1]], sent, received, ep)
+    served = exchange(flat[order], sent, received, ep) - ep.index * per_rank
+    return Dispatched(rows, served, order, sent, received)
+
+
+def combine(y: torch.Tensor, gates: torch.Tensor, plan: Dispatched, ep: Axis) -> torch.Tensor:
+    """Bring served rows home and add them up. y: (M, C), in the order of plan.rows. gates: (N, K). Returns (N, C)."""
+    home = exchange(y, plan.received, plan.sent, ep)
+    pairs = torch.empty_like(home).index_copy(0, plan.order, home)  # a permutation: every row is written
+    return (pairs.view(*gates.shape, -1) * gates[..., None].to(y.dtype)).sum(1)

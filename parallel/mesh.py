@@ -1,0 +1,132 @@
+"""The mesh: which ranks a rank may talk to, one axis for each kind of parallelism.
+
+Context is passed explicitly: a layer takes the axis that it talks over. An axis of size 1 has no process group, and
+every collective over it is the identity, so that one process needs no process group at all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+AXIS_NAMES = ("dp", "ep", "pp", "tp")  # slowest to fastest: rank = ((dp * ep + ep_i) * pp + pp_i) * tp + tp_i
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One line of ranks through the mesh, as seen from this rank. index: this rank's place; ranks: global, in order."""
+
+    name: str
+    size: int = 1
+    index: int = 0
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's axes.
+
+    Every (dp, ep) pair is a data replica. replica: dp x ep, over which a dense gradient is summed. ends: the first and
+    the last pipeline stage, which share the tied embedding (size 1 elsewhere). pp_back: the axis pp again on a channel
+    of its own, so that gradients going up never queue behind activations going down.
+    """
+
+    dp: Axis
+    ep: Axis
+    pp: Axis
+    tp: Axis
+    replica: Axis
+    ends: Axis
+    pp_back: Axis
+    world: Axis
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return self.world.index
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.index == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.index == self.pp.size - 1
+
+    def coordinates(self) -> str:
+        """This rank in words, for error messages."""
+        place = ", ".join(f"{name}={getattr(self, name).index}" for name in AXIS_NAMES)
+        return f"rank {self.rank} ({place})"
+
+
+def make_mesh(dp: int = 1, ep: int = 1, pp: int = 1, tp: int = 1, device: str | torch.device = "cpu") -> Mesh:
+    """This rank's mesh. All ranks must call it together, after init_process_group where there is more than one.
+
+    Raises ValueError if dp * ep * pp * tp is not the world size.
+    """
+    sizes = (dp, ep, pp, tp)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if math.prod(sizes) != world_size:
+        product = " x ".join(f"--{name} {size}" for name, size in zip(AXIS_NAMES, sizes, strict=True))
+        raise ValueError(f"{product} = {math.prod(sizes)} ranks, but the world has {world_size} processes")
+    device = torch.device(device)
+    if world_size == 1:
+        return abstract_mesh(dp, ep, pp, tp, rank=0, device=device)
+
+    rank = dist.get_rank()
+    device_mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXIS_NAMES)
+    blank = abstract_mesh(dp, ep, pp, tp, rank=rank, device=device)
+
+    def joined(axis: Axis) -> Axis:
+        if axis.size == 1:
+            return axis
+        group = dist.group.WORLD if axis.name == "world" else device_mesh.get_group(axis.name)
+        return _with_group(axis, group)
+
+    def new_groups(name: str) -> Axis:
+        """The same group made on every line of the mesh; every rank takes part in making each of them."""
+        mine = getattr(blank, name)
+        lines = {getattr(abstract_mesh(dp, ep, pp, tp, rank=r), name).ranks for r in range(world_size)}
+        groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted(lines) if len(ranks) > 1}
+        return _with_group(mine, groups.get(mine.ranks))
+
+    return Mesh(
+        **{name: joined(getattr(blank, name)) for name in (*AXIS_NAMES, "world")},
+        replica=new_groups("replica"),
+        ends=new_groups("ends"),
+        pp_back=new_groups("pp_back"),
+        device=device,
+    )
+
+
+def abstract_mesh(dp=1, ep=1, pp=1, tp=1, rank: int = 0, device: str | torch.device = "cpu") -> Mesh:
+    """The mesh that `rank` would have, without process groups: for planning, for tables, and for one process."""
+    sizes = dict(zip(AXIS_NAMES, (dp, ep, pp, tp), strict=True))
+    grid = torch.arange(math.prod(sizes.values())).view(dp, ep, pp, tp)
+    at = dict(zip(AXIS_NAMES, (grid == rank).nonzero()[0].tolist(), strict=True))
+
+    def line(name: str, over: tuple[str, ...]) -> Axis:
+        picked = grid[tuple(slice(None) if axis in over else at[axis] for axis in AXIS_NAMES)].flatten().tolist()
+        return Axis(name, len(picked), picked.index(rank), tuple(picked))
+
+    column = line("pp", ("pp",))
+    ends = Axis("ends", ranks=(rank,))
+    if column.size > 1 and column.index in (0, column.size - 1):
+        ends = Axis("ends", 2, int(column.index > 0), (column.ranks[0], column.ranks[-1]))
+    return Mesh(
+        **{name: line(name, (name,)) for name in AXIS_NAMES},
+        replica=line("replica", ("dp", "ep")),
+        ends=ends,
+        pp_back=line("pp_back", ("pp",)),
+        world=line("world", AXIS_NAMES),
+        device=torch.device(device),
+    )
+
+
+def _with_group(axis: Axis, group: dist.ProcessGroup | None) -> Axis:
+    return Axis(axis.name, axis.size, axis.index, axis.ranks, group)

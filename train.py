@@ -1,0 +1,236 @@
+"""Train a GPT-2 or a mixture of experts, on one process or on any mesh of them.
+
+    python train.py                                                      # embedded corpus, this machine
+    torchrun --standalone --nproc_per_node=2 train.py --dp 2
+    torchrun --standalone --nproc_per_node=2 train.py --ep 2 --num_experts 8
+    torchrun --standalone --nproc_per_node=8 train.py --dp 2 --tp 2 --pp 2 --grad_accum_steps 4 --fused --amp bf16
+
+The flags are those of heiretsu.model.options; `python train.py --help` lists them.
+"""
+
+import sys
+
+try:
+    from heiretsu.model.options import RunConfig, parse_args, refuse
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: install the checkout first, with `pip install -e .` (or `make train`, which makes a .venv)")
+
+# Before torch, whose import takes seconds: a wrong flag is refused at once.
+CONFIG = parse_args() if __name__ == "__main__" else None
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from heiretsu.data.batches import TokenDataset, open_data
+from heiretsu.data.tokenizer import load_tokenizer
+from heiretsu.kernels import fused, plain
+from heiretsu.model.build import build_engine, count_parameters
+from heiretsu.model.generate import generate
+from heiretsu.parallel.engine import Engine, StepReport
+from heiretsu.parallel.mesh import Mesh, make_mesh
+from heiretsu.parallel.pipeline import Microbatch
+
+
+def main(config: RunConfig) -> None:
+    try:
+        device = find_device(config)
+        train_data, val_data = open_data(
+            config.data_dir,
+            config.model.block_size,
+            config.seed,
+            config.model.vocab_size,
+            config.num_train_chunks,
+            config.num_val_chunks,
+        )
+    except ValueError as error:
+        refuse(error)
+    if config.replicas * config.pp * config.tp > 1:
+        dist.init_process_group(config.dist_backend or ("nccl" if device.type == "cuda" else "gloo"))
+    try:
+        mesh = make_mesh(config.dp, config.ep, config.pp, config.tp, device)
+        engine = build_engine(config, mesh, fused if config.fused else plain)
+        train(config, mesh, engine, train_data, val_data)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def find_device(config: RunConfig) -> torch.device:
+    """The device of --device, this rank's own on a machine with several. ValueError if it cannot do what is asked."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name in available if available[name]) if config.device == "auto" else config.device
+    if not available[kind]:
+        raise ValueError(f"--device {kind} is not available on this machine; try --device auto")
+    if config.amp == "fp16" and kind == "cpu":
+        raise ValueError("--amp fp16 needs a GPU, and this run is on the cpu: use --amp bf16, which works there")
+    if config.amp == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("--amp bf16 needs a GPU of compute capability 8.0 or later: use --amp fp16")
+    if config.dtype == "float64" and kind == "mps":
+        raise ValueError("--dtype float64 is not available on mps: use --device cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise ValueError(f"local rank {local_rank} has no GPU: this machine has {gpus}, and each rank needs its own")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def train(config: RunConfig, mesh: Mesh, engine: Engine, train_data: TokenDataset, val_data: TokenDataset) -> None:
+    """The loop: a step, its log line, and now and then an evaluation."""
+    if mesh.rank == 0:
+        print(describe(config, mesh, train_data), flush=True)
+    log = RunLog(config, mesh)
+    for step in range(config.max_iters):
+        began = time.perf_counter()
+        lr = learning_rate(config, step)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        report = engine.step(read_batches(config, mesh, train_data, step))
+        seconds = time.perf_counter() - began
+        last = step + 1 == config.max_iters
+        record = {"step": step, "loss": report.loss, "aux_loss": report.aux_loss, "grad_norm": report.grad_norm}
+        record |= {"lr": lr, "tokens_per_s": config.tokens_per_step / seconds}
+        if config.eval_interval and ((step + 1) % config.eval_interval == 0 or last):
+            record |= evaluate(config, mesh, engine, val_data)
+        log.write(record, report)
+    log.close()
+    if config.sample_tokens and mesh.world.size == 1:
+        print(sample(config, engine), flush=True)
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Linear warm-up over warmup_iters, then constant, or a cosine down to min_lr at the last step."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / config.warmup_iters
+    if config.min_lr is None:
+        return config.learning_rate
+    progress = (step - config.warmup_iters) / max(1, config.max_iters - 1 - config.warmup_iters)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+def read_batches(config: RunConfig, mesh: Mesh, data: TokenDataset, step: int) -> list[Microbatch]:
+    """This replica's microbatches of a step. Sample i of the global batch is the same on every topology."""
+    first = mesh.replica.index * config.grad_accum_steps * config.batch_size
+    batches = []
+    for microbatch in range(config.grad_accum_steps):
+        start = first + microbatch * config.batch_size
+        inputs, targets = data.batch(step, range(start, start + config.batch_size))
+        batches.append(Microbatch(inputs.to(mesh.device), targets.to(mesh.device), start, step))
+    return batches
+
+
+def evaluate(config: RunConfig, mesh: Mesh, engine: Engine, data: TokenDataset) -> dict[str, float]:
+    """Mean loss over the first eval_iters global batches of the validation windows."""
+    total = 0.0
+    for iteration in range(config.eval_iters):
+        first = iteration * config.global_batch_size + mesh.replica.index * config.grad_accum_steps * config.batch_size
+        batches = []
+        for microbatch in range(config.grad_accum_steps):
+            start = first + microbatch * config.batch_size
+            inputs, targets = data.eval_batch(range(start, start + config.batch_size))
+            batches.append(Microbatch(inputs.to(mesh.device), targets.to(mesh.device), start))
+        total += engine.evaluate(batches)
+    loss = total / config.eval_iters
+    bits = {} if data.bytes_per_token is None else {"eval_bits_per_byte": loss / math.log(2) / data.bytes_per_token}
+    return {"eval_loss": loss, **bits}
+
+
+def describe(config: RunConfig, mesh: Mesh, data: TokenDataset) -> str:
+    """What is about to run, and the whole configuration."""
+    model = config.model
+    experts = ""
+    if model.num_experts:
+        experts = f", {model.num_experts} experts, top {model.top_k}, every {model.moe_freq} layers"
+    ops = fused.describe(mesh.device) if config.fused else "plain PyTorch ops"
+    schedule = f", {config.schedule} over {config.grad_accum_steps} microbatches" if config.pp > 1 else ""
+    lines = [
+        f"config: {config.to_json()}",
+        f"model: {count_parameters(model):,} parameters, {model.n_layer} layers, {model.n_head} heads, "
+        f"{model.n_embed} wide, vocabulary {model.vocab_size}, block {model.block_size}{experts}",
+        f"mesh: dp {config.dp} x ep {config.ep} x pp {config.pp} x tp {config.tp} on {mesh.device.type}{schedule}",
+        f"kernels: {ops}; activations {config.amp if config.amp != 'none' else config.dtype}"
+        f"{', compiled' if config.compile else ''}",
+        f"data: {config.data_dir or 'embedded corpus'}, {data.num_tokens:,} training tokens ({config.tokenizer})",
+        f"batch: {config.global_batch_size} sequences, {config.tokens_per_step:,} tokens; {config.max_iters} steps",
+    ]
+    return "\n".join(lines)
+
+
+class RunLog:
+    """Where the numbers of a run go: the terminal, --log_file and wandb. Only rank 0 writes."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        self.config, self.writes = config, mesh.rank == 0
+        self.file = self.bar = self.run = None
+        if not self.writes:
+            return
+        if config.log_file:
+            Path(config.log_file).parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(config.log_file, "w", buffering=1)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=config.max_iters, unit="step", dynamic_ncols=True)
+        if config.wandb:
+            import wandb  # only those who ask for it need it
+
+            self.run = wandb.init(
+                project=config.wandb_project,
+                entity=config.wandb_entity,
+                mode=config.wandb_mode,
+                name=config.run_name,
+                config=json.loads(config.to_json()),
+            )
+
+    def write(self, record: dict[str, float], report: StepReport) -> None:
+        if not self.writes:
+            return
+        if self.file:
+            print(json.dumps(record), file=self.file)
+        if self.run:
+            self.run.log({**record, **expert_loads(report)}, step=record["step"])
+        brief = f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(brief, refresh=False)
+            self.bar.update()
+        skipped = ", skipped: a gradient was not finite" if report.skipped else ""
+        evaluated = f", validation loss {record['eval_loss']:.4f}" if "eval_loss" in record else ""
+        step, every = record["step"] + 1, max(1, self.config.max_iters // 20)
+        if skipped or evaluated or (self.bar is None and (step % every == 0 or step == 1)):
+            total = str(self.config.max_iters)
+            line = f"step {step:>{len(total)}}/{total}: {brief}{evaluated}{skipped}"
+            tqdm.write(line) if self.bar is not None else print(line, flush=True)
+
+    def close(self) -> None:
+        for sink in (self.bar, self.file):
+            if sink is not None:
+                sink.close()
+        if self.run:
+            self.run.finish()
+
+
+def expert_loads(report: StepReport) -> dict[str, float]:
+    """Share of the tokens that each expert of each mixture layer served."""
+    if report.expert_load is None:
+        return {}
+    shares = report.expert_load / report.expert_load.sum(1, keepdim=True)
+    rows = enumerate(shares.tolist())
+    return {f"expert_load/layer{i}/expert{e}": share for i, row in rows for e, share in enumerate(row)}
+
+
+def sample(config: RunConfig, engine: Engine) -> str:
+    """A piece of text by the trained model, after an end-of-text."""
+    tokenizer = load_tokenizer(config.tokenizer, config.vocab_dir)
+    tokens = generate(engine.chunks[0], [tokenizer.eot_token], config.sample_tokens, temperature=0.8, seed=config.seed)
+    return "--- sample ---\n" + tokenizer.decode(list(tokens)) + "\n---"
+
+
+if __name__ == "__main__":
+    main(CONFIG)
