@@ -2,7 +2,15 @@
 
 import pytest
 
+from tests.kernels import forms
 from tests.kernels.scratch import poisoned_scratch
+
+if forms.INTERPRETED:
+    from tests.kernels.interpreter import mend
+
+    mend()
+
+collect_ignore = [] if forms.INTERPRETED else ["interpreter"]
 
 
 @pytest.fixture(autouse=True)

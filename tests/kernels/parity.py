@@ -43,7 +43,7 @@ PEERS = 64
 class Case:
     """One row of the parity table.
 
-    op: name of the function in `kernels.plain` and `kernels.fused`. name: unique within the op. why: the shape's purpose.
+    op: name of the function in `kernels.plain` and `fused`. name: unique within the op. why: the purpose of this shape.
     inputs: (generator, dtype) -> keyword arguments of the op. Tensors have requires_grad set as wanted; floats are in
         `dtype`, except parameters that stay float32 beside bfloat16 activations. Views, expanded tensors and unaligned
         slices are welcome: check() copies them with their strides and offset, and poisons everything between.
