@@ -8,7 +8,7 @@ from tests.kernels.scratch import PATTERN, poisoned_scratch
 
 ALLOCATIONS = {
     "empty": lambda like: torch.empty(3, 5, dtype=like.dtype),
-    "empty_like": torch.empty_like,
+    "empty_like": lambda like: torch.empty_like(like),
     "empty_strided": lambda like: torch.empty_strided((3, 5), (8, 1), dtype=like.dtype),
     "empty_permuted": lambda like: torch.empty_permuted((3, 5), (1, 0), dtype=like.dtype),
     "new_empty": lambda like: like.new_empty(3, 5),
