@@ -1,0 +1,246 @@
+"""Train on Modal's GPUs (https://modal.com): edit TRAINING_CONFIG, then
+
+    python modal_train.py                       # check the configuration and print what it would cost; rents nothing
+    modal run modal_train.py::download          # once: FineWeb-10B shards onto the volume
+    modal run --detach modal_train.py           # train, or go on from the last checkpoint
+    modal run modal_train.py::bench             # bench/kernels.py on one GPU
+    modal run modal_train.py::parity            # the kernel tests on one GPU
+
+Needs `pip install -e '.[modal]'`, `modal setup`, and for wandb a secret of that name with WANDB_API_KEY in it.
+
+A preempted run is started again by Modal with the same arguments; --resume auto then goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+try:
+    import modal
+
+    from heiretsu.model.options import RunConfig, parse_args
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing}: run `pip install -e .[modal]` in this folder (or `make train`, for a run on this machine)")
+
+GPU = "A100-40GB"  # one of GPUS; TRAINING_CONFIG's dp x ep x pp x tp says how many
+
+# The flags of train.py by name; True is a switch. GPT-2 medium, every second layer a mixture of eight experts.
+TRAINING_CONFIG: dict[str, object] = {
+    # model
+    "n_layer": 24,
+    "n_head": 16,
+    "n_embed": 1024,
+    "block_size": 1024,
+    "num_experts": 8,
+    "top_k": 2,
+    "moe_freq": 2,
+    # topology
+    "dp": 2,
+    "ep": 1,
+    "pp": 1,
+    "tp": 2,
+    # batch and optimiser
+    "batch_size": 8,
+    "grad_accum_steps": 4,
+    "max_iters": 2000,
+    "learning_rate": 3e-4,
+    "warmup_iters": 100,
+    "min_lr": 3e-5,
+    "weight_decay": 0.1,
+    "betas": (0.9, 0.95),
+    "grad_clip": 1.0,
+    # speed
+    "amp": "bf16",
+    "fused": True,
+    # evaluation, checkpoints, tracking
+    "tokenizer": "gpt2",
+    "eval_interval": 250,
+    "eval_iters": 10,
+    "save_interval": 250,
+    "keep": 2,
+    "wandb": True,
+    "wandb_project": "heiretsu-moe-training",
+    "run_name": "gpt2-medium-8x2-dp2-tp2",
+}
+
+# Dense bf16 TFLOP/s by the makers' data sheets; dollars an hour of one GPU by Modal's list when this was written.
+GPUS = {
+    "L40S": (362, 1.95),
+    "A100-40GB": (312, 2.10),
+    "A100-80GB": (312, 2.50),
+    "H100": (989, 3.95),
+    "H200": (989, 4.54),
+    "B200": (2250, 6.25),
+}
+GPUS_PER_CONTAINER = 8
+ASSUMED_MFU = 0.25  # a guess to budget by, not a measurement; the run prints its own
+START_UP_MINUTES = 5  # a container, the first compilation of the kernels, evaluations
+SECONDS_TO_SAVE = 25  # of the 30 that Modal leaves a preempted container
+
+ROOT = Path(__file__).parent
+SOURCE, DATA, CHECKPOINTS = "/opt/heiretsu", "/data", "/checkpoints"
+LEFT_AT_HOME = [".git", ".venv", "*.egg-info", ".*_cache", ".hypothesis", "build", "dist", "runs", "wandb"]
+LEFT_AT_HOME += ["**/__pycache__", "**/*.bin"]
+
+
+def num_gpus(config: Mapping[str, object]) -> int:
+    sizes = [config.get(axis, 1) for axis in ("dp", "ep", "pp", "tp")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        sys.exit(f"TRAINING_CONFIG: dp, ep, pp, tp = {sizes}: each must be a whole number above 0")
+    return sizes[0] * sizes[1] * sizes[2] * sizes[3]
+
+
+def flags(config: Mapping[str, object]) -> list[str]:
+    """The configuration as train.py's command line. False and None leave a flag out."""
+    line: list[str] = []
+    for name, value in config.items():
+        if value is None or value is False:
+            continue
+        line.append(f"--{name}")
+        if isinstance(value, list | tuple):
+            line += map(str, value)
+        elif value is not True:
+            line.append(str(value))
+    return line
+
+
+def remote_flags(config: Mapping[str, object]) -> list[str]:
+    """`flags`, and the folders that only the container has."""
+    folder = f"{CHECKPOINTS}/{config.get('run_name') or 'run'}"
+    return [*flags(config), "--data_dir", DATA, "--checkpoint_dir", folder, "--resume", "auto"]
+
+
+def checked(config: Mapping[str, object], gpu: str) -> RunConfig:
+    """The run as train.py will read it. Exits with one line if it would refuse it, or if Modal has no such machine."""
+    gpus = num_gpus(config)
+    if gpu not in GPUS:
+        sys.exit(f"GPU {gpu!r} is none of {', '.join(GPUS)}")
+    if gpus > GPUS_PER_CONTAINER:
+        sys.exit(f"TRAINING_CONFIG: dp x ep x pp x tp = {gpus} GPUs, but a container has at most {GPUS_PER_CONTAINER}")
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(gpus)  # what torchrun will tell train.py
+    try:
+        return parse_args([*flags(config), "--checkpoint_dir", CHECKPOINTS])
+    finally:
+        if before is None:
+            del os.environ["WORLD_SIZE"]
+        else:
+            os.environ["WORLD_SIZE"] = before
+
+
+def estimate(config: RunConfig, gpu: str, gpus: int) -> tuple[float, float]:
+    """Hours and dollars of the whole run, at ASSUMED_MFU."""
+    tflops, dollars = GPUS[gpu]
+    flops = config.model.flops_per_token * config.tokens_per_step * config.max_iters
+    hours = flops / (gpus * tflops * 1e12 * ASSUMED_MFU) / 3600 + START_UP_MINUTES / 60
+    return hours, hours * dollars * gpus
+
+
+def plan(config: Mapping[str, object] = TRAINING_CONFIG, gpu: str = GPU) -> str:
+    """What the configuration asks for and about what it costs, after checking it."""
+    run, gpus = checked(config, gpu), num_gpus(config)
+    hours, dollars = estimate(run, gpu, gpus)
+    tokens, price = run.tokens_per_step * run.max_iters, GPUS[gpu][1]
+    return "\n".join(
+        [
+            f"machine: {gpus} x {gpu}",
+            f"command: {shlex.join(['train.py', *remote_flags(config)])}",
+            f"tokens:  {run.tokens_per_step:,} a step, {tokens:,} in {run.max_iters} steps",
+            f"cost:    about {hours:.1f} h and ${dollars:.2f}, at {ASSUMED_MFU:.0%} MFU and ${price:.2f} a GPU hour",
+        ]
+    )
+
+
+def make_image(*extras: str) -> modal.Image:
+    """The versions of constraints.txt, then the source on top, so that an edit rebuilds only the last layers."""
+    constraints = f"{SOURCE}/constraints.txt"
+    return (
+        modal.Image.debian_slim(python_version="3.12")
+        .apt_install("build-essential")  # Triton compiles its launcher with a C compiler
+        .add_local_file(ROOT / "constraints.txt", constraints, copy=True)
+        .pip_install_from_pyproject(
+            str(ROOT / "pyproject.toml"), list(extras), extra_options=f"--constraint {constraints}"
+        )
+        .add_local_dir(ROOT, SOURCE, copy=True, ignore=LEFT_AT_HOME)
+        .run_commands(f"python -m pip install --no-deps --editable {SOURCE}")
+    )
+
+
+app = modal.App("heiretsu")
+data_volume = modal.Volume.from_name("fineweb-data", create_if_missing=True)
+checkpoint_volume = modal.Volume.from_name("heiretsu-checkpoints", create_if_missing=True)
+secrets = [modal.Secret.from_name("wandb-secret")] if TRAINING_CONFIG.get("wandb") else []
+training_image = make_image("fineweb", "wandb")
+checks_image = make_image("bench", "test")
+
+
+@app.function(
+    image=training_image,
+    gpu=f"{GPU}:{num_gpus(TRAINING_CONFIG)}",
+    volumes={DATA: data_volume, CHECKPOINTS: checkpoint_volume},
+    secrets=secrets,
+    timeout=24 * 3600,
+)
+def train(gpus: int, arguments: list[str]) -> None:
+    """In the container: torchrun, and the checkpoints made durable whatever ends it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "train.py"]
+    try:
+        run_to_the_end([*command, *arguments], cwd=SOURCE)
+    finally:
+        checkpoint_volume.commit()
+
+
+def run_to_the_end(command: list[str], cwd: str) -> None:
+    """Run the command. If this process is interrupted, tell it by SIGTERM, and give it the time to save and leave.
+
+    Raises subprocess.CalledProcessError if the command fails.
+    """
+    process = subprocess.Popen(command, cwd=cwd)
+    try:
+        status = process.wait()
+    except BaseException:  # Modal announces a preemption by interrupting the main thread
+        process.terminate()
+        try:
+            process.wait(SECONDS_TO_SAVE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+    if status:
+        raise subprocess.CalledProcessError(status, command)
+
+
+@app.function(image=training_image, volumes={DATA: data_volume}, timeout=6 * 3600)
+def download(shards: int = 10) -> None:
+    """FineWeb-10B onto the volume: shards of 100 million tokens, 200 MB each. Files that are there already stay."""
+    try:
+        run_to_the_end([sys.executable, "data/fineweb.py", str(shards), "--out", DATA], cwd=SOURCE)
+    finally:
+        data_volume.commit()
+
+
+@app.function(image=checks_image, gpu=GPU, timeout=3600)
+def bench(arguments: str = "") -> None:
+    """bench/kernels.py on one GPU: `modal run modal_train.py::bench --arguments "--quick"`."""
+    run_to_the_end([sys.executable, "bench/kernels.py", *shlex.split(arguments)], cwd=SOURCE)
+
+
+@app.function(image=checks_image, gpu=GPU, timeout=3600)
+def parity(arguments: str = "") -> None:
+    """The kernel tests, on the device."""
+    run_to_the_end([sys.executable, "-m", "pytest", "tests/kernels", *shlex.split(arguments)], cwd=SOURCE)
+
+
+@app.local_entrypoint()
+def main() -> None:
+    """On this machine: check, say what it costs, and only then rent."""
+    print(plan(), flush=True)
+    train.remote(num_gpus(TRAINING_CONFIG), remote_flags(TRAINING_CONFIG))
+
+
+if __name__ == "__main__":
+    print(plan())
