@@ -14,7 +14,7 @@ from heiretsu.data.corpus import load_corpus
 from heiretsu.data.folder import META, find_shards, first_chunks, read_meta
 from heiretsu.data.shards import check_vocab, raise_token_too_large, read_shard
 
-_FULL_SCAN_TOKENS = 2**28  # up to half a GB of shards is checked whole before the run starts, in about 0.1 s
+_FULL_SCAN_TOKENS = 2**30  # up to 2 GB of shards are checked whole before the run starts, in 0.1 s if cached
 _PART_SCAN_TOKENS = 2**20  # of each shard of a larger set; every window is checked again when it is read
 _64_BITS = 2**64 - 1
 

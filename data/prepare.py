@@ -99,7 +99,7 @@ def prepare(
                 tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc=tokenizer)
             )
             for piece, (tokens, num_bytes, num_documents) in _in_order(
-                encode, pieces, min(workers, total // 2**20 + 1)
+                encode, pieces, min(workers, total // PIECE_BYTES + 1)
             ):
                 splits[piece.split].append(tokens, num_bytes, num_documents)
                 bar.update(piece.end - piece.start)

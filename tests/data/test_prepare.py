@@ -1,0 +1,298 @@
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heiretsu.data import prepare as script
+from heiretsu.data.batches import open_data
+from heiretsu.data.folder import read_meta
+from heiretsu.data.prepare import prepare
+from heiretsu.data.shards import read_shard
+from heiretsu.data.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+EOT = 256
+STORY = "Once upon a time there was a mesh of four axes.\nIt had no rank.\n\n"
+
+
+def tokens_of(folder, split):
+    return np.concatenate([read_shard(path) for path in sorted(folder.glob(f"{split}_*.bin"))]).tolist()
+
+
+def write(path, text):
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def left_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_documents_are_the_files_in_order_each_after_end_of_text(tmp_path):
+    files = [write(tmp_path / name, name * 50 + "\n") for name in ("b.txt", "a.txt", "c.txt")]
+    val = write(tmp_path / "held_out.txt", STORY)
+    meta = prepare(files, tmp_path / "out", "bytes", val_files=[val])
+    expected = [token for file in files for token in (EOT, *file.read_bytes())]
+    assert tokens_of(tmp_path / "out", "train") == expected
+    assert tokens_of(tmp_path / "out", "val") == [EOT, *STORY.encode()]
+    assert left_in(tmp_path / "out") == ["meta.json", "train_000000.bin", "val_000000.bin"]
+    assert (
+        meta
+        == read_meta(tmp_path / "out")
+        == {
+            "tokenizer": "bytes",
+            "vocab_size": 257,
+            "end_of_text": 256,
+            "splits": {
+                "train": {"tokens": len(expected), "bytes": len(expected) - 3, "documents": 3, "shards": 1},
+                "val": {"tokens": len(STORY) + 1, "bytes": len(STORY), "documents": 1, "shards": 1},
+            },
+        }
+    )
+
+
+def test_validation_is_the_end_of_the_text_cut_at_a_line(tmp_path):
+    lines = [f"line {i:04d}\n" for i in range(1000)]
+    files = [write(tmp_path / "a.txt", "".join(lines[:600])), write(tmp_path / "b.txt", "".join(lines[600:]))]
+    prepare(files, tmp_path / "out", "bytes", val_fraction=0.1)
+    train, val = (bytes(t for t in tokens_of(tmp_path / "out", s) if t != EOT).decode() for s in ("train", "val"))
+    assert train + val == "".join(lines)
+    assert train.endswith("line 0900") or train.endswith("line 0899")
+    assert val.startswith("\nline 090")
+
+
+def test_validation_cut_in_one_long_line_falls_between_words(tmp_path):
+    file = write(tmp_path / "a.txt", "word " * 1000)
+    prepare([file], tmp_path / "out", "bytes", val_fraction=0.25)
+    assert bytes(tokens_of(tmp_path / "out", "val")[1:]).decode() == " word" * 249 + " "
+
+
+def test_validation_takes_whole_files_after_the_cut(tmp_path):
+    files = [write(tmp_path / f"{i}.txt", f"{i}" * 100) for i in range(10)]
+    prepare(files, tmp_path / "out", "bytes", val_fraction=0.2)
+    assert tokens_of(tmp_path / "out", "val") == [EOT, *b"8" * 100, EOT, *b"9" * 100]
+
+
+def test_separator_makes_documents_and_keeps_them_whole(tmp_path):
+    documents = [f"story {i}\n" * (i + 1) for i in range(40)]
+    file = write(tmp_path / "stories.txt", "<|endoftext|>".join(documents) + "<|endoftext|>\n")
+    meta = prepare([file], tmp_path / "out", "bytes", separator="<|endoftext|>", val_fraction=0.3)
+    train, val = tokens_of(tmp_path / "out", "train"), tokens_of(tmp_path / "out", "val")
+    assert train + val == [token for document in documents for token in (EOT, *document.encode())]
+    assert val[0] == EOT
+    counts = meta["splits"]
+    assert counts["train"]["documents"] + counts["val"]["documents"] == 40
+    assert counts["train"]["bytes"] + counts["val"]["bytes"] == sum(map(len, documents))
+
+
+HARD_TEXT = st.text(st.sampled_from("ab1'sl.! \n\r\t\x0b\x1c\x85\u00a0\u3000éß漢😀")) | st.text()
+
+
+@settings(max_examples=300, deadline=None)
+@given(HARD_TEXT, st.integers(1, 9))
+def test_gpt2_tokens_do_not_depend_on_where_the_text_is_cut(vocab_dir, text, piece_bytes):
+    """Also with a reading block so small that characters and lines straddle it."""
+    gpt2 = script._encoding("gpt2", str(vocab_dir))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "PIECE_BYTES", piece_bytes)
+        patch.setattr(script, "_BLOCK_BYTES", 3)
+        path = write(Path(folder, "a.txt"), text)
+        pieces = list(script._pieces(path, 0, path.stat().st_size, "train", None))
+        tokens = [t for piece in pieces for t in script._encode(piece, "gpt2", str(vocab_dir), None)[0].tolist()]
+    assert tokens == ([gpt2.eot_token, *gpt2.encode_ordinary(text)] if text else [])
+    assert [piece.start for piece in pieces] == [0, *(piece.end for piece in pieces)][: len(pieces)]
+
+
+def test_words_are_cut_into_pieces_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "PIECE_BYTES", 100)
+    path = write(tmp_path / "a.txt", STORY * 50)
+    assert len(list(script._pieces(path, 0, path.stat().st_size, "train", None))) > 25
+
+
+def test_shards_do_not_depend_on_the_number_of_workers(tmp_path, vocab_dir, monkeypatch):
+    monkeypatch.setattr(script, "PIECE_BYTES", 10_000)
+    file = write(tmp_path / "a.txt", "".join(f"{STORY}{i}" for i in range(8_000)))
+    for workers in (1, 2):
+        prepare([file], tmp_path / str(workers), "gpt2", str(vocab_dir), workers=workers, shard_tokens=40_000)
+    names = left_in(tmp_path / "1")
+    assert len(names) == 5
+    for name in names:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+@pytest.mark.parametrize("num_tokens, expected", [(100, [100]), (101, [101]), (199, [199]), (200, [100, 100])])
+def test_shards_hold_shard_tokens_and_a_short_rest_joins_the_last(num_tokens, expected, tmp_path):
+    train, val = write(tmp_path / "a.txt", "x" * (num_tokens - 1)), write(tmp_path / "b.txt", "y" * 450)
+    prepare([train], tmp_path / "out", "bytes", val_files=[val], shard_tokens=100)
+    assert [len(read_shard(p)) for p in sorted((tmp_path / "out").glob("train_*.bin"))] == expected
+    assert [len(read_shard(p)) for p in sorted((tmp_path / "out").glob("val_*.bin"))] == [100, 100, 100, 151]
+    assert tokens_of(tmp_path / "out", "train") == [EOT, *b"x" * (num_tokens - 1)]
+
+
+def test_result_opens_as_training_data(tmp_path, vocab_dir):
+    file = write(tmp_path / "a.txt", STORY * 100)
+    prepare([file], tmp_path / "deep" / "out", "gpt2", str(vocab_dir))
+    train, val = open_data(tmp_path / "deep" / "out", block_size=8, seed=0, vocab_size=50257)
+    decoded = load_tokenizer("gpt2", vocab_dir).decode(train.batch(0, [0])[0][0].tolist())
+    assert decoded in STORY * 2
+    assert 3 < val.bytes_per_token < 5
+
+
+def call(tmp_path, **changes):
+    file = write(tmp_path / "text.txt", STORY * 30)
+    arguments = {"files": [file], "out": tmp_path / "out", "tokenizer": "bytes"} | changes
+    return prepare(**arguments)
+
+
+MISUSE = {
+    "missing file": ({"files": ["nowhere.txt"]}, r"nowhere\.txt: no such file"),
+    "missing validation file": ({"val_files": ["nowhere.txt"]}, r"nowhere\.txt: no such file"),
+    "folder": ({"files": [ROOT / "data"]}, "data: is a folder; name the files in it"),
+    "fraction of zero": ({"val_fraction": 0.0}, r"--val_fraction 0\.0: must lie between 0 and 1"),
+    "fraction of one": ({"val_fraction": 1.0}, r"--val_fraction 1\.0"),
+    "no workers": ({"workers": 0}, "--workers 0: must be at least 1"),
+    "no tokens in a shard": ({"shard_tokens": 0}, "--shard_tokens 0: must be at least 2"),
+    "blank separator": ({"separator": " \n"}, "--separator .* other than white space"),
+    "unknown tokenizer": ({"tokenizer": "words"}, "--tokenizer words: unknown"),
+    "no vocabulary": ({"tokenizer": "gpt2", "vocab_dir": "nowhere"}, "--vocab_dir nowhere: cannot read"),
+    "separator that leaves no validation": ({"separator": "%%"}, "no text was left for the val split"),
+}
+
+
+@pytest.mark.parametrize("kind", MISUSE)
+def test_misuse_is_named_and_leaves_nothing(kind, tmp_path):
+    changes, message = MISUSE[kind]
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path, **changes)
+    assert left_in(tmp_path) == ["text.txt"]
+
+
+@pytest.mark.parametrize("text, message", [(b"", "no text at all"), (b"word", "no text was left for the val split")])
+def test_text_too_short_to_split_is_refused(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path, files=[write(tmp_path / "text2.txt", text)])
+    assert left_in(tmp_path) == ["text.txt"] + ["text2.txt"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_text_that_is_not_utf8_is_refused_with_its_place(workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "PIECE_BYTES", 10_000)
+    file = write(tmp_path / "latin.txt", STORY.encode() * 1000 + "caf\xe9\n".encode("latin-1") + STORY.encode())
+    with pytest.raises(
+        ValueError, match=rf"latin\.txt: not UTF-8 text \(byte 0xe9 at position {len(STORY) * 1000 + 3}\)"
+    ):
+        call(tmp_path, files=[file], workers=workers, val_fraction=0.001)
+    assert left_in(tmp_path) == ["latin.txt", "text.txt"]
+
+
+def test_folder_that_holds_anything_is_refused_without_overwrite(tmp_path):
+    call(tmp_path)
+    before = tokens_of(tmp_path / "out", "train")
+    with pytest.raises(ValueError, match=r"--out .*out: is not empty; .*--overwrite"):
+        call(tmp_path, val_fraction=0.5)
+    assert tokens_of(tmp_path / "out", "train") == before
+    call(tmp_path, val_fraction=0.5, overwrite=True)
+    assert len(tokens_of(tmp_path / "out", "train")) < len(before)
+    assert left_in(tmp_path) == ["out", "text.txt"]
+
+
+def test_empty_folder_is_used(tmp_path):
+    (tmp_path / "out").mkdir()
+    call(tmp_path)
+    assert left_in(tmp_path) == ["out", "text.txt"]
+    assert "meta.json" in left_in(tmp_path / "out")
+
+
+def test_overwrite_deletes_nothing_that_it_did_not_make(tmp_path):
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out" / "train_000000.bin", "mine")
+    with pytest.raises(ValueError, match=r"replaces only what this script made, and it has no meta\.json"):
+        call(tmp_path, overwrite=True)
+    write(tmp_path / "out" / "thesis.tex", "mine")
+    with pytest.raises(ValueError, match=r"and it holds thesis\.tex"):
+        call(tmp_path, overwrite=True)
+    write(tmp_path / "file", "mine")
+    with pytest.raises(ValueError, match=r"file: is a file; name a folder"):
+        call(tmp_path, out=tmp_path / "file", overwrite=True)
+    assert left_in(tmp_path / "out") == ["thesis.tex", "train_000000.bin"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_failure_halfway_leaves_the_earlier_result_and_nothing_else(failure, tmp_path, monkeypatch):
+    call(tmp_path)
+    before = tokens_of(tmp_path / "out", "train")
+    real, calls = script._encode, []
+
+    def fails_later(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise failure
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(script, "_encode", fails_later)
+    monkeypatch.setattr(script, "PIECE_BYTES", 100)
+    with pytest.raises(failure):
+        call(tmp_path, overwrite=True, val_fraction=0.5)
+    assert len(calls) == 3
+    assert tokens_of(tmp_path / "out", "train") == before
+    assert left_in(tmp_path) == ["out", "text.txt"]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_command_leaves_nothing(number, status, tmp_path):
+    file = write(tmp_path / "text.txt", STORY * 300_000)  # far more than can be done before the signal
+    command = [sys.executable, ROOT / "data" / "prepare.py", file, "--tokenizer", "bytes", "--out", tmp_path / "out"]
+    running = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not any(path.stat().st_size > 2048 for path in tmp_path.glob(".out.*/.train*")):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == status
+    assert "Traceback" not in errors
+    assert left_in(tmp_path) == ["text.txt"]
+
+
+@pytest.mark.parametrize("how", [["data/prepare.py"], ["-m", "heiretsu.data.prepare"]])
+def test_command_makes_the_folder_and_says_how_to_train(how, tmp_path):
+    file = write(tmp_path / "text.txt", STORY * 30)
+    command = [sys.executable, *how, file, "--tokenizer", "bytes", "--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"train.py --data_dir {tmp_path / 'out'} --tokenizer bytes" in done.stdout
+    assert "100%" in done.stderr
+    assert len(tokens_of(tmp_path / "out", "train")) > 1000
+
+
+def test_command_reports_an_error_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"prepare\.py: nowhere\.txt: no such file"):
+        script.main(["nowhere.txt", "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["prepare.py", "fineweb.py"])
+def test_uninstalled_checkout_says_in_one_line_how_to_install(name, tmp_path):
+    """`python -S` skips the .pth file of the editable install."""
+    environment = {"PYTHONPATH": sysconfig.get_paths()["purelib"], "PATH": ""}
+    command = [sys.executable, "-S", ROOT / "data" / name]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "pip install -e ." in done.stderr
+
+
+def test_no_file_here_hides_a_module_from_the_scripts():
+    """`python data/prepare.py` puts data/ first on the path, so data/random.py would be everybody's `random`."""
+    ours = {path.stem for path in (ROOT / "data").glob("*.py")} - {"__init__"}
+    assert "prepare" in ours
+    assert ours & (set(sys.stdlib_module_names) | set(packages_distributions())) == set()
