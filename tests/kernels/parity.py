@@ -64,16 +64,21 @@ class Case:
 class Mutation:
     """A wrong edit of kernels/<file> that case `caught_by` must catch: `old`, found `count` times, becomes `new`.
 
-    op: the op of the case, where several ops of the table have a case of that name.
+    file: named like the file of the table unless given. op: the op of the case, where several of the table have a case
+    of that name.
     """
 
     name: str
     old: str
     new: str
     caught_by: str
-    file: str
+    file: str | None = None
     count: int = 1
     op: str | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.file}:{self.name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +133,13 @@ def check(case: Case, dtype: torch.dtype, implementation: Callable, device="cpu"
     if problems:
         raise ParityError(_report(case, dtype, problems))
     return results
+
+
+def run(case: Case, dtype: torch.dtype, implementation: Callable, device="cpu") -> dict[str, torch.Tensor | None]:
+    """Outputs and gradients of one implementation, by name, for the inputs and cotangents that `check` uses."""
+    result = _Run(case, implementation, _copies(build(case, dtype), device))
+    result.backward(_cotangents(case, result))
+    return {**result.outputs, **result.gradients}
 
 
 def plain_form(op: str) -> Callable:
