@@ -98,8 +98,8 @@ class TokenDataset:
             if row.max() >= self.vocab_size:
                 position = int(np.argmax(row >= self.vocab_size))
                 raise_token_too_large(self.names[shard], int(row[position]), start + position, self.vocab_size)
-        rows = torch.from_numpy(rows)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        windows = torch.from_numpy(rows)
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 def _open(index: int, shard) -> tuple[str, np.ndarray]:

@@ -295,13 +295,14 @@ class _SplitWriter:
         }
 
     def __exit__(self, exc_type, exc, trace) -> None:
-        if exc_type is None and self._shard is None:
-            raise ValueError(
-                f"no text was left for the {self.split} split: the files are too short to cut; give more text, or name "
-                f"validation files of their own with --val_files"
-            )
-        if exc_type is None and self._held:
-            self._shard.append(np.concatenate(self._held))
+        if exc_type is None:
+            if self._shard is None:
+                raise ValueError(
+                    f"no text was left for the {self.split} split: the files are too short to cut; give more text, or "
+                    f"name validation files of their own with --val_files"
+                )
+            if self._held:
+                self._shard.append(np.concatenate(self._held))
         self._close(exc_type, exc, trace)
 
     def _close(self, *exception) -> None:
