@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import inspect
 
-from heiretsu.kernels import cpu_moe, cpu_pointwise, plain
+from heiretsu.kernels import cpu_cross_entropy, cpu_moe, cpu_pointwise, plain
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -51,3 +51,4 @@ expert_mlp = _choose("expert_mlp", cpu_moe.expert_mlp, None)
 bias_gelu = _choose("bias_gelu", cpu_pointwise.bias_gelu, None)
 dropout = _choose("dropout", cpu_pointwise.dropout, None)
 layer_norm = _choose("layer_norm", cpu_pointwise.layer_norm, None)
+linear_cross_entropy = _choose("linear_cross_entropy", cpu_cross_entropy.linear_cross_entropy, None)
