@@ -13,6 +13,7 @@ import torch
 from heiretsu.data.corpus import load_corpus
 from heiretsu.data.folder import META, find_shards, first_chunks, read_meta
 from heiretsu.data.shards import check_vocab, raise_token_too_large, read_shard
+from heiretsu.data.tokenizer import load_tokenizer
 
 _FULL_SCAN_TOKENS = 2**30  # up to 2 GB of shards are checked whole before the run starts, in 0.1 s if cached
 _PART_SCAN_TOKENS = 2**20  # of each shard of a larger set; every window is checked again when it is read
@@ -131,13 +132,17 @@ def open_data(
     vocab_size: int,
     num_train_chunks: int | None = None,
     num_val_chunks: int | None = None,
+    tokenizer: str | None = None,
+    vocab_dir: str | os.PathLike | None = None,
 ) -> tuple[TokenDataset, TokenDataset]:
     """The training and the validation split of `--data_dir`, or of the embedded corpus if it is None.
 
     A folder holds `*train*.bin` and `*val*.bin` shards: FineWeb's `fineweb_train_000001.bin`, or what data/prepare.py
     writes. They are read in the order of their names, the first num_*_chunks of them if that is given.
-    Raises ValueError if the folder or a split is missing, has fewer shards than asked, or holds two data sets, and
-    whatever `TokenDataset` raises.
+    tokenizer: what --tokenizer asks for (default: what the data is made with). The embedded corpus is encoded with it,
+    gpt2 with the vocabulary of `vocab_dir` as `load_tokenizer` has it; shards must not have been made with another.
+    Raises ValueError if the folder or a split is missing, has fewer shards than asked, holds two data sets or was made
+    with another tokenizer, and whatever `TokenDataset` and `load_tokenizer` raise.
     """
     if data_dir is None:
         for flag, chunks in (("--num_train_chunks", num_train_chunks), ("--num_val_chunks", num_val_chunks)):
@@ -145,7 +150,8 @@ def open_data(
                 raise ValueError(
                     f"{flag} {chunks}: the embedded corpus has no chunks; give --data_dir too, or leave it out"
                 )
-        splits = zip(("train", "validation"), load_corpus(), strict=True)
+        encoding = None if tokenizer is None else load_tokenizer(tokenizer, vocab_dir)
+        splits = zip(("train", "validation"), load_corpus(encoding), strict=True)
         train, val = (
             TokenDataset(
                 [(f"embedded corpus ({name})", split.tokens)],
@@ -158,6 +164,11 @@ def open_data(
         )
         return train, val
     found, meta = find_shards(data_dir), read_meta(data_dir)
+    if meta and tokenizer not in (None, meta["tokenizer"]):
+        raise ValueError(
+            f"--tokenizer {tokenizer}: --data_dir {data_dir} was made with --tokenizer {meta['tokenizer']}; use that, "
+            f"or make the shards again with data/prepare.py --tokenizer {tokenizer}"
+        )
     if meta and meta["vocab_size"] > vocab_size:
         raise ValueError(
             f"--data_dir {data_dir}: its {META} says tokenizer {meta['tokenizer']} with {meta['vocab_size']} ids, more "

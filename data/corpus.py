@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 
 END_OF_TEXT = 256  # the id that the `bytes` tokenizer gives to <|endoftext|>
 VAL_PERCENT = 5
@@ -30,21 +31,24 @@ _TABLES = {"html/entities.py", "re/_casefix.py"}
 
 @dataclass(frozen=True)
 class Split:
-    """Documents as byte tokens, each preceded by end-of-text. tokens: (N,) uint16; documents: their names, in order."""
+    """Documents as tokens, each preceded by end-of-text.
+
+    tokens: (N,) uint16. documents: their names, in order. num_bytes: of their text, without the end-of-text tokens.
+    """
 
     tokens: np.ndarray
     documents: tuple[str, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.tokens) - len(self.documents)
+    num_bytes: int
 
 
-def load_corpus(library: str | os.PathLike | None = None) -> tuple[Split, Split]:
+def load_corpus(
+    encoding: tiktoken.Encoding | None = None, library: str | os.PathLike | None = None
+) -> tuple[Split, Split]:
     """The embedded corpus as (train, validation), the same on every call with the same Python.
 
-    library: folder of the standard library's source (default: the running interpreter's). A document is validation if
-    the SHA-256 of its name says so, about 5 in 100. Raises ValueError if this Python comes without its source.
+    encoding: from `load_tokenizer` (default: bytes). library: folder of the standard library's source (default: the
+    running interpreter's). A document is validation if the SHA-256 of its name says so, about 5 in 100.
+    Raises ValueError if this Python comes without its source.
     """
     folder = Path(library) if library else Path(sysconfig.get_paths()["stdlib"])
     documents = dict(sorted(_library_source(folder).items())) | _language_reference()
@@ -54,8 +58,8 @@ def load_corpus(library: str | os.PathLike | None = None) -> tuple[Split, Split]
             f"train on text of your own: python data/prepare.py FILES... --out DIR, then --data_dir DIR"
         )
     held_out = {name for name in documents if is_validation(name)}
-    train = _join({name: text for name, text in documents.items() if name not in held_out})
-    return train, _join({name: text for name, text in documents.items() if name in held_out})
+    train = _join({name: text for name, text in documents.items() if name not in held_out}, encoding)
+    return train, _join({name: text for name, text in documents.items() if name in held_out}, encoding)
 
 
 def is_validation(name: str) -> bool:
@@ -90,11 +94,13 @@ def _language_reference() -> dict[str, bytes]:
     return {f"reference/{name}": text.encode("utf-8") for name, text in sorted(topics.items())}
 
 
-def _join(documents: dict[str, bytes]) -> Split:
-    size = sum(map(len, documents.values())) + len(documents)
-    tokens, end = np.empty(size, dtype=np.uint16), 0
+def _join(documents: dict[str, bytes], encoding: tiktoken.Encoding | None) -> Split:
+    end_of_text = np.array([END_OF_TEXT if encoding is None else encoding.eot_token], dtype=np.uint16)
+    parts = []
     for text in documents.values():
-        tokens[end] = END_OF_TEXT
-        tokens[end + 1 : end + 1 + len(text)] = np.frombuffer(text, dtype=np.uint8)
-        end += 1 + len(text)
-    return Split(tokens, tuple(documents))
+        if encoding is None or encoding.name == "bytes":  # no need to go through Unicode
+            ids = np.frombuffer(text, dtype=np.uint8)
+        else:
+            ids = np.array(encoding.encode_ordinary(text.decode("utf-8", "replace")), dtype=np.uint16)
+        parts += [end_of_text, ids]
+    return Split(np.concatenate(parts, dtype=np.uint16), tuple(documents), sum(map(len, documents.values())))

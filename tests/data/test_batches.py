@@ -9,6 +9,7 @@ from heiretsu.data.batches import TokenDataset, open_data
 from heiretsu.data.corpus import load_corpus
 from heiretsu.data.folder import write_meta
 from heiretsu.data.shards import write_shard
+from heiretsu.data.tokenizer import load_tokenizer
 
 
 def counting(*lengths):
@@ -187,7 +188,7 @@ def test_open_data_names_the_corrupt_shard(fineweb):
         open_data(fineweb, 8, 0, 600)
 
 
-def test_open_data_takes_bytes_per_token_from_meta_and_refuses_a_smaller_vocabulary(tmp_path):
+def test_open_data_takes_bytes_per_token_from_meta_and_refuses_what_contradicts_it(tmp_path):
     splits = {}
     for split, num_bytes in (("train", 400), ("val", 250)):
         write_shard(tmp_path / f"{split}_000000.bin", range(100))
@@ -195,6 +196,9 @@ def test_open_data_takes_bytes_per_token_from_meta_and_refuses_a_smaller_vocabul
     write_meta(tmp_path, {"tokenizer": "gpt2", "vocab_size": 50257, "end_of_text": 50256, "splits": splits})
     train, val = open_data(tmp_path, 8, 0, 50257)
     assert (train.bytes_per_token, val.bytes_per_token) == (4.0, 2.5)
+    open_data(tmp_path, 8, 0, 50257, tokenizer="gpt2")
+    with pytest.raises(ValueError, match=rf"--tokenizer bytes: --data_dir {tmp_path} was made with --tokenizer gpt2"):
+        open_data(tmp_path, 8, 0, 50257, tokenizer="bytes")
     with pytest.raises(
         ValueError, match=rf"--data_dir {tmp_path}: .* gpt2 with 50257 ids, more than .* 257; use --token"
     ):
@@ -210,6 +214,16 @@ def test_open_data_without_a_folder_is_the_embedded_corpus():
     assert val.bytes_per_token == splits[1].num_bytes / len(splits[1].tokens)
     with pytest.raises(ValueError, match="embedded corpus .*: token id 256 at position 0 "):
         open_data(None, 64, 0, 256)
+
+
+def test_open_data_encodes_the_embedded_corpus_with_the_tokenizer_asked_for(vocab_dir):
+    _, val = open_data(None, 64, seed=0, vocab_size=50257, tokenizer="gpt2", vocab_dir=vocab_dir)
+    gpt2 = load_tokenizer("gpt2", vocab_dir)
+    text = bytes(load_corpus()[1].tokens.clip(max=255).astype(np.uint8))
+    assert gpt2.decode_bytes(val.eval_batch([3])[0][0].tolist()) in text
+    assert 1.5 < val.bytes_per_token < 4
+    with pytest.raises(ValueError, match="--vocab_dir nowhere"):
+        open_data(None, 64, seed=0, vocab_size=50257, tokenizer="gpt2", vocab_dir="nowhere")
 
 
 @pytest.mark.parametrize("flag", ["num_train_chunks", "num_val_chunks"])

@@ -77,11 +77,23 @@ def test_num_bytes_leaves_out_the_end_of_text_tokens(splits):
         assert split.num_bytes == sum(map(len, documents(split).values()))
 
 
+def test_corpus_in_another_encoding_is_the_same_text(splits, vocab_dir):
+    gpt2 = load_tokenizer("gpt2", vocab_dir)
+    _, val = load_corpus(gpt2)
+    assert val.documents == splits[1].documents
+    assert val.num_bytes == splits[1].num_bytes
+    text = gpt2.decode(val.tokens.tolist())
+    assert text == "".join("<|endoftext|>" + document.decode() for document in documents(splits[1]).values())
+    assert (val.tokens == gpt2.eot_token).sum() == len(val.documents)
+    by_name, _ = load_corpus(load_tokenizer("bytes"))
+    assert np.array_equal(by_name.tokens, splits[0].tokens)
+
+
 def test_python_without_its_source_is_refused(tmp_path, monkeypatch):
     (tmp_path / "os.pyc").write_bytes(b"\0" * 100)
     monkeypatch.setattr(corpus, "_language_reference", dict)
     with pytest.raises(ValueError, match=rf"{tmp_path}: this Python comes without the source .* data/prepare.py"):
-        load_corpus(tmp_path)
+        load_corpus(library=tmp_path)
 
 
 def test_any_library_folder_is_filtered_and_sorted_alike(tmp_path, monkeypatch):
@@ -100,7 +112,7 @@ def test_any_library_folder_is_filtered_and_sorted_alike(tmp_path, monkeypatch):
     for name in [*unwanted, *reversed(wanted)]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(wanted.get(name, b"unwanted"))
-    train, val = load_corpus(tmp_path)
+    train, val = load_corpus(library=tmp_path)
     assert documents(train) == {"json/tool.py": b"c\n", "os.py": b"d"}
     assert list(documents(train)) == ["json/tool.py", "os.py"]
     assert documents(val) == {"ast.py": b"a\nb\n"}
