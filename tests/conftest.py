@@ -3,6 +3,14 @@ import pytest
 from tests.ranks import RankPool
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulate",
+        choices=["sm_80", "sm_90"],
+        help="run only the tiny cases of the kernel parity table, compiled for this GPU, on the emulator",
+    )
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """`ranks(fn, ..., dp=1, ep=1, pp=1, tp=1)`: results of fn(mesh, ...) on every rank of the mesh, by rank."""

@@ -18,26 +18,32 @@ if forms.INTERPRETED:
 
 
 def pytest_configure(config):
+    if config.getoption("emulate") and forms.INTERPRETED:
+        raise pytest.UsageError("--emulate runs compiled kernels: unset TRITON_INTERPRET")
     config.addinivalue_line("markers", "triton: calls Triton kernels directly, in the interpreter or on a GPU")
 
 
-def pytest_ignore_collect(collection_path):
+def pytest_ignore_collect(collection_path, config):
     """Collect only what this process can run; None leaves the decision to others."""
-    if collection_path.name == "test_interpreted.py" and (forms.INTERPRETED or not forms.HAS_TRITON):
-        return True
-    if collection_path.name == "test_mutations.py" and not forms.HAS_TRITON:
-        return True
-    if collection_path.name == "interpreter" and not forms.INTERPRETED:
-        return True
-    return None
+    here = {
+        "interpreter": forms.INTERPRETED,
+        "test_interpreted.py": forms.HAS_TRITON and not forms.INTERPRETED,
+        "test_mutations.py": forms.HAS_TRITON,
+        "test_emulated.py": config.getoption("emulate"),
+        "test_stages_on_gpu.py": forms.TRITON_DEVICE == "cuda",
+    }
+    return None if here.get(collection_path.name, True) else True
 
 
 def pytest_collection_modifyitems(config, items):
-    if forms.TRITON_DEVICE is None:
+    if config.getoption("emulate"):
+        elsewhere = [item for item in items if item.path.name != "test_emulated.py"]
+    elif forms.TRITON_DEVICE is None:
         elsewhere = [item for item in items if item.get_closest_marker("triton")]
-        if elsewhere:
-            config.hook.pytest_deselected(items=elsewhere)
-            items[:] = [item for item in items if item not in elsewhere]
+    else:
+        return
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in elsewhere]
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -4,8 +4,10 @@ cpu-form: `fused` on CPU tensors. interpreter: the Triton kernels in Triton's in
 Triton reads once, at import). gpu: the Triton kernels on the device. Test ids carry the name: a report says what ran.
 """
 
+import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -20,3 +22,20 @@ def available() -> list[str]:
     if INTERPRETED:
         return ["interpreter"]
     return ["cpu-form", "gpu"] if torch.cuda.is_available() else ["cpu-form"]
+
+
+TRITON_FILES = {
+    "attention": "attention",
+    "attention_lse": "attention",
+    "bias_gelu": "bias_gelu",
+    "dropout": "dropout",
+    "expert_mlp": "moe",
+    "layer_norm": "layer_norm",
+    "linear_cross_entropy": "cross_entropy",
+    "route": "moe",
+}
+
+
+def triton_form(op: str) -> Callable:
+    """The public function of the op's kernel file, which launches Triton on any tensor."""
+    return getattr(importlib.import_module(f"heiretsu.kernels.{TRITON_FILES[op]}"), op)

@@ -42,7 +42,7 @@ def main(arguments=None) -> int:
         if result["verdict"] == "caught":
             row = (mutation["op"], mutation["case"], result["dtype"])
             if row not in green:
-                green[row] = _in_fork(_run_case, *row)
+                green[row] = _in_fork(_run_case, KERNELS, *row)
             if green[row]["verdict"] != "survived":
                 result.update(verdict="red without the mutation", why=green[row]["why"])
         result["seconds"] = time.perf_counter() - start
@@ -114,14 +114,17 @@ def _run_mutated(mutation):
             found = f"occurs {source.count(mutation['old'])} times, not {mutation['count']}"
             raise ValueError(f"{mutation['old']!r} {found}, in kernels/{mutation['file']}")
         path.write_text(source.replace(mutation["old"], mutation["new"]))
-        sys.meta_path.insert(0, _KernelsFrom(copy))
-        return _run_case(mutation["op"], mutation["case"])
+        return _run_case(copy, mutation["op"], mutation["case"])
 
 
-def _run_case(op, name, only=None):
-    """Check a case in each dtype until it goes red. verdict: "caught" or "survived"; other errors are raised."""
-    from heiretsu.kernels import fused
+def _run_case(folder, op, name, only=None):
+    """Check a case in each dtype until it goes red, with the kernels of a folder.
+
+    The verdict is "caught" (by the parity rule, the sanitizer or an assertion) or "survived"; other errors are raised.
+    """
+    sys.meta_path.insert(0, _KernelsFrom(folder))
     from tests.kernels.cases import all_cases
+    from tests.kernels.forms import triton_form
     from tests.kernels.interpreter.sanitizer import sanitize
     from tests.kernels.parity import check, dtype_name
     from tests.kernels.scratch import poisoned_scratch
@@ -131,7 +134,7 @@ def _run_case(op, name, only=None):
         if only in (None, dtype_name(dtype)):
             with poisoned_scratch(), sanitize():
                 try:
-                    check(case, dtype, getattr(fused, op))
+                    check(case, dtype, triton_form(op))
                 except Exception as error:
                     return {"verdict": "caught", "why": _reason(error), "dtype": dtype_name(dtype)}
     return {"verdict": "survived", "why": "no error in any dtype", "dtype": None}

@@ -169,7 +169,7 @@ def compare(ours, own, reference, gradient_size: float = 0.0) -> Comparison:
     plain_error = torch.where(finite & same.isfinite(), (same - want).abs(), 0.0)
     size = torch.where(finite, want.abs(), 0.0)
     allowed = _allowed(size, plain_error, ours.dtype, gradient_size)
-    worst = int((error - allowed).argmax())
+    worst = int((error / allowed.clamp(min=torch.finfo(torch.float64).tiny)).argmax())
     message = ""
     if error[worst] > allowed[worst]:
         message = (

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from heiretsu.kernels import fused
 from tests.kernels.cases import all_cases
+from tests.kernels.forms import triton_form
 from tests.kernels.interpreter.sanitizer import ORDERS, sanitize
 from tests.kernels.parity import Case, build, dtype_name, run
 
@@ -27,7 +27,7 @@ def test_every_order_of_programs_gives_the_same_bits_and_no_finding(case: Case):
     results = {}
     for order in ORDERS:
         with sanitize(order, seed=len(case.name)):
-            results[order] = run(case, case.dtypes[0], getattr(fused, case.op))
+            results[order] = run(case, case.dtypes[0], triton_form(case.op))
     assert any(tensor is not None and tensor.numel() for tensor in results["forward"].values()) or "empty" in case.why
     for order in ORDERS[1:]:
         for name, tensor in results["forward"].items():
