@@ -48,6 +48,7 @@ types: $(VENV)/.installed-dev ## the type check alone
 	@mkdir -p build/types/heiretsu
 	@for folder in kernels parallel model data bench; do ln -sfn "$(CURDIR)/$$folder" build/types/heiretsu/$$folder; done
 	$(BIN)/mypy -p heiretsu
+	$(BIN)/mypy $(filter-out setup.py,$(wildcard *.py))
 
 emulate: $(VENV)/.installed-dev ## run the compiled kernels' PTX on the emulator, for A100 and H100
 	$(BIN)/python -m pytest tests/kernels --emulate sm_80 $(ARGS)

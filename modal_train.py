@@ -13,6 +13,7 @@ A preempted run is started again by Modal with the same arguments; --resume auto
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -90,9 +91,10 @@ LEFT_AT_HOME += ["**/__pycache__", "**/*.bin"]
 
 def num_gpus(config: Mapping[str, object]) -> int:
     sizes = [config.get(axis, 1) for axis in ("dp", "ep", "pp", "tp")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    counts = [size for size in sizes if isinstance(size, int) and size > 0]
+    if counts != sizes:
         sys.exit(f"TRAINING_CONFIG: dp, ep, pp, tp = {sizes}: each must be a whole number above 0")
-    return sizes[0] * sizes[1] * sizes[2] * sizes[3]
+    return math.prod(counts)
 
 
 def flags(config: Mapping[str, object]) -> list[str]:
