@@ -13,7 +13,7 @@ from heiretsu.kernels import cpu_cross_entropy, cpu_moe, cpu_pointwise, plain
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from heiretsu.kernels import launch
+    from heiretsu.kernels import launch, moe
 
 INTERPRETED = HAS_TRITON and launch.INTERPRETED
 
@@ -46,8 +46,8 @@ def describe(device) -> str:
     return f"fused kernels: Triton ({launch.architecture(device)})"
 
 
-route = _choose("route", cpu_moe.route, None)
-expert_mlp = _choose("expert_mlp", cpu_moe.expert_mlp, None)
+route = _choose("route", cpu_moe.route, moe.route if HAS_TRITON else None)
+expert_mlp = _choose("expert_mlp", cpu_moe.expert_mlp, moe.expert_mlp if HAS_TRITON else None)
 bias_gelu = _choose("bias_gelu", cpu_pointwise.bias_gelu, None)
 dropout = _choose("dropout", cpu_pointwise.dropout, None)
 layer_norm = _choose("layer_norm", cpu_pointwise.layer_norm, None)

@@ -26,6 +26,76 @@ TABLE["interpreter"] |= {
     "attention_dq": {None: dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1)},
 }
 
+# Mixture of experts. 128x256x64 with 8 warps is bound by the tensor cores on A100, H100 and MI300X (1.00) and by shared
+# memory on B200 (.67); 128x128 stops at .8 on H100, 256x128 at .89. No configuration below spills.
+for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
+    _stages = 2 if _arch == "cdna3" else 3  # 48 of 64 KB; elsewhere 144 KB, one program on an SM (A100: 96 KB)
+    TABLE[_arch] |= {
+        "route": {
+            16: dict(BLOCK_N=128, num_warps=4, num_stages=1),
+            64: dict(BLOCK_N=32, num_warps=4, num_stages=1),
+            256: dict(BLOCK_N=8, num_warps=4, num_stages=1),
+            2048: dict(BLOCK_N=1, num_warps=4, num_stages=1),
+        },
+        "routing_plan": {
+            16: dict(BLOCK=256, num_warps=4, num_stages=1),
+            64: dict(BLOCK=128, num_warps=4, num_stages=1),
+            256: dict(BLOCK=32, num_warps=4, num_stages=1),
+            2048: dict(BLOCK=8, num_warps=4, num_stages=1),
+        },
+        "grouped_gemm": {
+            None: dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=_stages)
+        },
+        "grouped_gemm/fp32": {None: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=4, num_stages=2)},
+        "grouped_gemm_dw": {None: dict(BLOCK_A=128, BLOCK_B=256, BLOCK_R=64, num_warps=8, num_stages=_stages)},
+        "grouped_gemm_dw/fp32": {None: dict(BLOCK_A=64, BLOCK_B=64, BLOCK_R=16, num_warps=4, num_stages=2)},
+        "moe_combine": {None: dict(BLOCK_N=16, BLOCK_C=256, num_warps=4, num_stages=1)},
+        "moe_combine_backward": {None: dict(BLOCK_M=16, BLOCK_C=256, num_warps=4, num_stages=1)},
+        "moe_sum_tiles": {None: dict(BLOCK_T=16, BLOCK_C=64, num_warps=4, num_stages=1)},
+    }
+TABLE["interpreter"] |= {
+    "route": {None: dict(BLOCK_N=32, num_warps=4, num_stages=1)},
+    "routing_plan": {None: dict(BLOCK=64, num_warps=4, num_stages=1)},
+    "grouped_gemm": {None: dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, GROUP_M=2, num_warps=4, num_stages=1)},
+    "grouped_gemm_dw": {None: dict(BLOCK_A=16, BLOCK_B=32, BLOCK_R=32, num_warps=4, num_stages=1)},
+    "moe_combine": {None: dict(BLOCK_N=16, BLOCK_C=32, num_warps=4, num_stages=1)},
+    "moe_combine_backward": {None: dict(BLOCK_M=16, BLOCK_C=32, num_warps=4, num_stages=1)},
+    "moe_sum_tiles": {None: dict(BLOCK_T=2, BLOCK_C=32, num_warps=4, num_stages=1)},
+}
+
+# bias_gelu. Figures at bf16, float32 bias: registers / CTAs an SM / headroom over DRAM (see bench/kernels.py --audit).
+for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
+    TABLE[_arch] |= {
+        "bias_gelu_forward": {None: dict(BLOCK_N=8, BLOCK_F=512, num_warps=4, num_stages=1)},
+        "bias_gelu_backward": {None: dict(ROWS=64, BLOCK_N=4, BLOCK_F=512, num_warps=4, num_stages=1)},
+    }
+TABLE["interpreter"] |= {
+    "bias_gelu_forward": {None: dict(BLOCK_N=8, BLOCK_F=32, num_warps=4, num_stages=1)},
+    "bias_gelu_backward": {None: dict(ROWS=16, BLOCK_N=8, BLOCK_F=32, num_warps=4, num_stages=1)},
+}
+
+# layer_norm, by C: a program holds BLOCK_N whole rows of next_power_of_2(C) values in registers.
+for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
+    TABLE[_arch] |= {
+        "layer_norm_forward": {
+            512: dict(BLOCK_N=4, num_warps=4, num_stages=1),
+            1024: dict(BLOCK_N=2, num_warps=4, num_stages=1),
+            2048: dict(BLOCK_N=1, num_warps=4, num_stages=1),
+            4096: dict(BLOCK_N=1, num_warps=8, num_stages=1),
+            16384: dict(BLOCK_N=1, num_warps=16, num_stages=1),
+        },
+        "layer_norm_backward": {
+            512: dict(ROWS=32, BLOCK_N=2, num_warps=4, num_stages=1),
+            1024: dict(ROWS=16, BLOCK_N=1, num_warps=4, num_stages=1),
+            2048: dict(ROWS=16, BLOCK_N=1, num_warps=8, num_stages=1),
+            16384: dict(ROWS=16, BLOCK_N=1, num_warps=16, num_stages=1),
+        },
+    }
+TABLE["interpreter"] |= {
+    "layer_norm_forward": {16384: dict(BLOCK_N=4, num_warps=4, num_stages=1)},
+    "layer_norm_backward": {16384: dict(ROWS=8, BLOCK_N=4, num_warps=4, num_stages=1)},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class AuditCase:
