@@ -83,8 +83,11 @@ class RunConfig:
         return json.dumps(asdict(self))
 
 
-def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
-    """The run that a command line asks for. Exits with status 2 and one line that says what to change."""
+def parse_args(argv: Sequence[str] | None = None, world_size: int | None = None) -> RunConfig:
+    """The run that a command line asks for. Exits with status 2 and one line that says what to change.
+
+    world_size: processes that were started; what torchrun says unless given.
+    """
     flags = vars(_parser().parse_args(argv))
     flags["tokenizer"] = flags["tokenizer"] or _tokenizer_of(flags["data_dir"])
     sizes = {**PRESETS[flags["preset"]], "vocab_size": VOCAB_SIZES[flags["tokenizer"]]}
@@ -97,7 +100,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     if config.save_interval and config.checkpoint_dir is None:
         config = replace(config, checkpoint_dir=os.path.join("runs", config.run_name or "checkpoints"))
     try:
-        check(config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+        check(config, int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size)
     except ValueError as error:
         refuse(error)
     return config
