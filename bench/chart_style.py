@@ -2,7 +2,7 @@
 
 INK, FAINT, MUTED = "#1d2433", "#667085", "#98a2b3"
 SERIES = ("#2456c9", "#e08e2b", "#2f9e6e", "#b5478f", "#7a5cc4", "#c94f3d")
-STYLE = {
+STYLE: dict = {
     "font.size": 9.5,
     "axes.edgecolor": "#c5cbd6",
     "axes.labelcolor": FAINT,

@@ -8,8 +8,10 @@ Parity comes first: an implementation that is wrong gets no number. Cases that l
 """
 
 import argparse
+import json
 import os
 import sys
+from pathlib import Path
 
 if __name__ == "__main__" and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[
@@ -19,30 +21,85 @@ if __name__ == "__main__" and os.path.abspath(sys.path[0]) == os.path.dirname(os
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", action="append", metavar="NAME", help="only this op (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats: minutes, for a first look")
+    parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of plain out")
     parser.add_argument("--json", metavar="FILE", help="also write every figure there")
+    parser.add_argument("--plot", metavar="DIR", help="also draw time against size, speed-ups and the roofline there")
+    parser.add_argument("--output", metavar="FILE", help="also write the tables there, as Markdown")
     audit = parser.add_argument_group("compile audit")
     audit.add_argument("--audit", action="store_true", help="compile ahead of time and check, instead of measuring")
     audit.add_argument("--arch", default="sm_80,sm_90,sm_100,gfx942", help="machines to compile for (%(default)s)")
-    audit.add_argument("--output", metavar="FILE", help="write the audit's tables there, as Markdown")
     audit.add_argument("--audit-file", metavar="FILE", help="audit this Python file's audit_cases, not the library's")
     audit.add_argument("--jobs", type=int, default=2, help="compile so many cases at a time (%(default)s)")
     return parser
 
 
+def run_audit(args) -> int:
+    from heiretsu.bench.audit import report
+
+    return report.audit(args.arch.split(","), args.quick, args.output, args.json, args.audit_file, args.jobs)
+
+
+def run_measurements(args) -> int:
+    """The exit code: 1 where one of our own ops has no number."""
+    import torch
+
+    from heiretsu.bench import environment, measure, results, timing, workloads
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, args.dtype)
+    chosen = choose(workloads.on_gpu(args.quick) if device.type == "cuda" else workloads.on_cpu(args.quick), args.op)
+    facts = environment.describe(device)
+    roofline = timing.measure_roofline(device, dtype)
+    print(environment.as_text(facts))
+    print(f"roof    {results.roofline_text(roofline, dtype)}\n\n{results.LEGEND}")
+    found: list[measure.Result] = []
+    for op in dict.fromkeys(workload.op for workload in chosen):
+        of_op = []
+        for workload in (workload for workload in chosen if workload.op == op):
+            seconds = 0.4 if args.quick else 2.0
+            of_op += measure.measure(workload, device, dtype, roofline, seconds, not args.no_compile)
+        print(f"\n{op}\n{results.table(of_op)}", flush=True)
+        found += of_op
+    if args.json:
+        Path(args.json).write_text(json.dumps(results.as_json(found, facts, roofline, dtype), indent=1) + "\n")
+    if args.output:
+        command = "python bench/kernels.py" + "".join(f" {flag}" for flag in sys.argv[1:])
+        Path(args.output).write_text(results.markdown(found, facts, roofline, dtype, command))
+    if args.plot:
+        from heiretsu.bench import charts
+
+        for path in charts.draw(found, roofline, facts, dtype, Path(args.plot)):
+            print(f"wrote {path}")
+    failed = [result for result in found if result.implementation == measure.OURS and result.problem]
+    for result in failed:
+        print(f"FAIL  {result.workload.op} {result.workload.name}: {result.problem}")
+    return 1 if failed else 0
+
+
+def choose(workloads, ops: list[str] | None):
+    known = list(dict.fromkeys(workload.op for workload in workloads))
+    unknown = sorted(set(ops or ()) - set(known))
+    if unknown:
+        raise ValueError(f"--op {unknown[0]}: the ops are {', '.join(known)}")
+    return [workload for workload in workloads if not ops or workload.op in ops]
+
+
 def main() -> int:
     parser = build_parser()
     args = parser.parse_args()
-    if args.audit:
-        os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: the interpreter has nothing to compile
-        from heiretsu.bench.audit import report
-
-        try:
-            archs = args.arch.split(",")
-            return report.audit(archs, args.quick, args.output, args.json, args.audit_file, args.jobs)
-        except ValueError as error:
-            parser.error(str(error))
-    return 0
+    if os.environ.pop("TRITON_INTERPRET", None):  # before Triton is imported
+        print("TRITON_INTERPRET is ignored: nothing is compiled in the interpreter, and its speed means nothing")
+    try:
+        return run_audit(args) if args.audit else run_measurements(args)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def _draw_curve(axis, points, color, width, smoothed=True) -> None:
     window = len(values) // SMOOTHED_OVER
     if smoothed and window > 1:
         axis.plot(steps, values, color=color, lw=0.7, alpha=0.3)
-        values = smooth(list(values), window)
+        values = tuple(smooth(list(values), window))
     axis.plot(steps, values, color=color, lw=width)
 
 

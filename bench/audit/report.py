@@ -9,6 +9,7 @@ from heiretsu.bench.audit import bars, runner
 from heiretsu.bench.audit.machines import KIB, MACHINES, machine
 from heiretsu.bench.audit.pipes import Region
 from heiretsu.bench.audit.runner import Job, Verdict
+from heiretsu.kernels.launch import AuditCase
 
 QUICK_ARCHS = ("sm_90",)  # all cases there, and on the other machines the first of each kernel file
 RESOURCES = ["case", "w/s", "regs", "spill B", "shared KiB", "CTA/SM", "occ", "tensor instr", "wide ld/st", "bound",
@@ -58,12 +59,21 @@ def audit(
 
 
 def choose(sources: list[str], archs: list[str], quick: bool) -> list[Job]:
-    """Every case; quick: every case on QUICK_ARCHS, the first of each file elsewhere."""
+    """Every case; quick: every case on QUICK_ARCHS, the first of each file elsewhere.
+
+    A file may list the cases of another that it is made of: those are taken once. ValueError if a name means two cases.
+    """
     work = []
     for arch in archs:
+        seen: dict[str, AuditCase] = {}
         for source in sources:
-            names = list(runner.cases(source, arch))
-            work += [Job(source, arch, name) for name in (names[:1] if quick and arch not in QUICK_ARCHS else names)]
+            of_source = runner.cases(source, arch)
+            clashes = [name for name, case in of_source.items() if seen.get(name, case) != case]
+            if clashes:
+                raise ValueError(f"{source}: other cases have the same names on {arch}: {', '.join(clashes)}")
+            new = [name for name in of_source if name not in seen]
+            seen |= of_source
+            work += [Job(source, arch, name) for name in (new[:1] if quick and arch not in QUICK_ARCHS else new)]
     return work
 
 

@@ -1,0 +1,125 @@
+"""Clocks: implementations measured in turns within one run, and the rates that this device reaches at best."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from heiretsu.bench import memory
+
+FLUSH_BYTES = 256 * 2**20  # more than any L2 holds: a kernel should not find its inputs there
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median, and the quartiles as its spread."""
+
+    median: float
+    low: float
+    high: float
+    samples: tuple[float, ...]
+
+    @staticmethod
+    def of(samples: list[float]) -> "Timing":
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+        return Timing(median, low, high, tuple(samples))
+
+    def speedup_over(self, other: "Timing") -> float:
+        """other's time / this one's, the median over the rounds, so that slow drift of the machine cancels."""
+        return statistics.median(b / a for a, b in zip(self.samples, other.samples, strict=True))
+
+
+def in_turns(
+    functions: dict[str, Callable], device: torch.device, seconds: float, rounds=(5, 100)
+) -> dict[str, Timing]:
+    """Time every function once a round, until `seconds` are spent and rounds[0] are done, or rounds[1] are.
+
+    The order rotates, so that nobody always runs behind the same neighbour. Call each once before: this is no warm-up.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    clock = _GpuClock(device) if device.type == "cuda" else _cpu_time
+    order = list(functions)
+    started = time.perf_counter()
+    gc.disable()
+    try:
+        for done in range(rounds[1]):
+            if done >= rounds[0] and time.perf_counter() - started > seconds:
+                break
+            for name in order[done % len(order) :] + order[: done % len(order)]:
+                samples[name].append(clock(functions[name]))
+    finally:
+        gc.enable()
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def _cpu_time(function: Callable) -> float:
+    started = time.perf_counter()
+    result = function()
+    elapsed = time.perf_counter() - started
+    del result
+    return elapsed
+
+
+class _GpuClock:
+    """Time between two events on the stream, after the L2 was overwritten."""
+
+    def __init__(self, device):
+        self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+
+    def __call__(self, function: Callable) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The best that this device does here: bytes/s of a copy (read + write), FLOP/s of a matrix product."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+    def seconds(self, flops: float, bytes_: float) -> float:
+        """What no implementation that moves its inputs and outputs once could beat, by these two rates."""
+        return max(flops / self.flops_per_s, bytes_ / self.bytes_per_s)
+
+
+def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
+    """Copy bandwidth of a tensor far larger than the caches, and the fastest of a few matrix products."""
+    gpu = device.type == "cuda"
+    source = torch.ones((2**30 if gpu else 2**28) // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    copy = {"copy": lambda: target.copy_(source)}
+    copy["copy"]()
+    best_copy = min(in_turns(copy, device, 0.5, (5, 20))["copy"].samples)
+    bandwidth = 2 * source.numel() * source.element_size() / best_copy
+    products, flops = {}, {}
+    for rows, depth, columns in ((8192,) * 3, (16384, 4096, 4096)) if gpu else ((2048, 768, 3072), (1024, 1024, 4096)):
+        a = torch.randn(rows, depth, device=device).to(dtype)
+        b = torch.randn(depth, columns, device=device).to(dtype)
+        name = f"{rows}x{depth}x{columns}"
+        products[name], flops[name] = (lambda a=a, b=b: a @ b), 2 * rows * depth * columns
+    for product in products.values():
+        product()
+    times = in_turns(products, device, 1.0, (5, 40))
+    return Roofline(bandwidth, max(flops[name] / min(times[name].samples) for name in products))
+
+
+def peak_extra_bytes(function: Callable, device: torch.device) -> int | None:
+    """Memory that a call needs over what was allocated before it; None where the system does not tell."""
+    gc.collect()
+    if device.type != "cuda":
+        return memory.peak_resident_over(function)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

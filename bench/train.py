@@ -1,0 +1,258 @@
+"""Measure whole training steps: tokens per second, peak memory, MFU; plain against fused, in turns within one run.
+
+    python bench/train.py --preset gpt2 --tokenizer gpt2 --batch_size 8                  # a GPU, or this CPU
+    torchrun --standalone --nproc_per_node=4 bench/train.py --preset gpt2 --tp 2 --dp 2 --tokenizer gpt2
+    python bench/train.py --threads 2 --tokenizer gpt2 --batch_size 8 --block_size 256 \\
+        --n_layer 6 --n_head 6 --n_embed 384                                             # a laptop's model
+    python bench/train.py --threads 2 --tokenizer gpt2 --batch_size 2 --preset gpt2 --block_size 512
+
+Model, batch, mesh and optimizer are set by train.py's own flags. --variants says what is compared: words joined by "+",
+of plain, fused (which kernels), bf16, fp16 (activations; float32 without) and compile. The first is the 1.00 of the
+ratios. Every variant starts from the same parameters and sees the same tokens; one whose first loss is off gets no
+number.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if __name__ == "__main__" and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
+    del sys.path[0]  # this folder's file names are not names for `import`
+
+import torch
+import torch.distributed as dist
+
+from heiretsu.bench import environment, tables
+from heiretsu.bench.results import engineering, milliseconds
+from heiretsu.bench.timing import Timing, measure_roofline, peak_extra_bytes
+from heiretsu.kernels import fused, plain
+from heiretsu.model.build import build_engine, count_parameters
+from heiretsu.model.options import RunConfig, parse_args
+from heiretsu.parallel.engine import Engine
+from heiretsu.parallel.mesh import Mesh, make_mesh
+from heiretsu.parallel.pipeline import Microbatch
+
+CPU_VARIANTS = "plain,plain+bf16,plain+bf16+compile,fused+bf16"
+GPU_VARIANTS = "plain+bf16,plain+bf16+compile,fused+bf16,fused+bf16+compile"
+WORDS = {"plain", "fused", "bf16", "fp16", "compile"}
+WARMUP_STEPS = 2  # compiles, allocates, and gives AdamW its state
+LOSS_TOLERANCE = {"none": 1e-3, "bf16": 2e-2, "fp16": 5e-3}  # of the first loss, about ln(V), relative
+# Dense bf16 FLOP/s of the data sheets; elsewhere MFU is against the matrix products measured here.
+DATA_SHEET_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+HEADERS = ["variant", "first loss", "ms/step", "tokens/s", "x first", "MFU %", "peak MiB", "note"]
+
+
+@dataclass
+class Variant:
+    """One way to run the same step. timing is None where it gets no number, for the reason in problem."""
+
+    name: str
+    config: RunConfig
+    first_loss: float = float("nan")
+    timing: Timing | None = None
+    peak_bytes: int | None = None
+    problem: str = ""
+
+
+def variant(name: str, base: RunConfig) -> Variant:
+    """The run that `name` stands for. ValueError for a word that is not known."""
+    words = name.split("+")
+    if unknown := sorted(set(words) - WORDS):
+        raise ValueError(f"--variants {name}: {unknown[0]} is none of {', '.join(sorted(WORDS))}")
+    amp = next((word for word in words if word in ("bf16", "fp16")), "none")
+    config = replace(base, fused="fused" in words, compile="compile" in words, amp=amp)
+    return Variant(name, config)
+
+
+class Run:
+    """A built engine and its data: random tokens, the same for every variant and topology."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.engine: Engine = build_engine(config, mesh, fused if config.fused else plain)
+        generator = torch.Generator().manual_seed(config.seed)
+        shape = (config.global_batch_size, config.model.block_size + 1)
+        self.tokens = torch.randint(config.model.vocab_size, shape, generator=generator)
+        self.step_idx = 0
+
+    def step(self) -> float:
+        """One optimizer step; returns its loss, which every rank has waited for."""
+        size, first = self.config.batch_size, self.mesh.replica.index * self.config.grad_accum_steps
+        batches = []
+        for start in range(first * size, (first + self.config.grad_accum_steps) * size, size):
+            tokens = self.tokens[start : start + size].to(self.mesh.device)
+            batches.append(Microbatch(tokens[:, :-1], tokens[:, 1:], start, self.step_idx))
+        self.step_idx += 1
+        return self.engine.step(batches).loss
+
+    def timed_step(self) -> float:
+        """Seconds, from when all ranks are ready until this one is done."""
+        if dist.is_initialized():
+            dist.barrier()
+        self._wait()
+        started = time.perf_counter()
+        self.step()
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize(self.mesh.device)
+
+
+def measure(variants: list[Variant], mesh: Mesh, rounds: int, sequential: bool) -> None:
+    """Fill in the variants. sequential: one model in memory at a time; else a step of each in every round."""
+    groups = [[one] for one in variants] if sequential else [variants]
+    expected = float("nan")
+    for group in groups:
+        runs: dict[str, Run] = {}
+        for one in group:
+            run = prepare(one, mesh)
+            expected = one.first_loss if one is variants[0] else expected
+            error = abs(one.first_loss - expected) / abs(expected)
+            if not error <= LOSS_TOLERANCE[one.config.amp]:
+                one.problem = f"first loss {one.first_loss:.4f}, expected {expected:.4f}"
+                continue
+            runs[one.name] = run
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        for done in range(rounds):
+            names = list(runs)
+            for name in names[done % len(names) :] + names[: done % len(names)]:
+                samples[name].append(runs[name].timed_step())
+        for one in group:
+            if one.name in samples:
+                one.timing = Timing.of(samples[one.name])
+
+
+def prepare(one: Variant, mesh: Mesh) -> Run:
+    """Build, warm up, and measure the memory of one step."""
+    run = Run(one.config, mesh)
+    one.first_loss = run.step()
+    for _ in range(WARMUP_STEPS - 1):
+        run.step()
+    one.peak_bytes = peak_extra_bytes(run.step, mesh.device)
+    return run
+
+
+def peak_flops(device: torch.device, amp: str, ranks: int) -> tuple[float, str]:
+    """(FLOP/s of the whole machine, where the figure is from). Ranks on a CPU share it; each has a GPU of its own."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in DATA_SHEET_PEAKS.items():
+            if known in name:
+                return peak * ranks, f"data sheet of the {known}, dense bf16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+    rate = measure_roofline(device, dtype).flops_per_s
+    if device.type == "cuda":
+        return rate * ranks, "matrix products measured here"
+    return rate, "matrix products measured here"
+
+
+def rows(variants: list[Variant], peaks: dict[str, tuple[float, str]]) -> list[list[str]]:
+    table = []
+    for one in variants:
+        row = [one.name, f"{one.first_loss:.4f}"]
+        if one.timing is None:
+            table.append(row + ["-"] * 5 + [f"no number: {one.problem}"])
+            continue
+        rate = one.config.tokens_per_step / one.timing.median
+        first = variants[0].timing
+        row += [milliseconds(one.timing), f"{rate:,.0f}", f"{one.timing.speedup_over(first):.2f}" if first else "-"]
+        row += [f"{100 * rate * one.config.model.flops_per_token / peaks[one.config.amp][0]:.0f}"]
+        table.append(row + ["-" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:,.0f}", ""])
+    return table
+
+
+def describe(config: RunConfig, mesh: Mesh) -> str:
+    model = config.model
+    experts = f", {model.num_experts} experts top {model.top_k}" if model.num_experts else ""
+    sizes = f"{model.n_layer} layers, {model.n_head} heads, {model.n_embed} wide, block {model.block_size}"
+    return (
+        f"model   {count_parameters(model):,} parameters: {sizes}, vocabulary {model.vocab_size}{experts}\n"
+        f"mesh    dp {config.dp} x ep {config.ep} x pp {config.pp} x tp {config.tp}\n"
+        f"batch   {config.global_batch_size} sequences, {config.tokens_per_step:,} tokens a step"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="and every flag of train.py")
+    parser.add_argument("--variants", help=f"default on a CPU {CPU_VARIANTS}, on a GPU {GPU_VARIANTS}")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each variant (%(default)s)")
+    parser.add_argument("--sequential", action="store_true", help="one model in memory at a time: for large ones")
+    parser.add_argument("--threads", type=int, help="CPU threads of each rank (default: PyTorch's own choice)")
+    parser.add_argument("--json", metavar="FILE", help="also write every figure there")
+    args, training_flags = parser.parse_known_args()
+    base = parse_args(training_flags)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = find_device(base.device)
+    names = (args.variants or (GPU_VARIANTS if device.type == "cuda" else CPU_VARIANTS)).split(",")
+    try:
+        variants = [variant(name, base) for name in names]
+    except ValueError as error:
+        parser.error(str(error))
+    if base.replicas * base.pp * base.tp > 1:
+        dist.init_process_group(base.dist_backend or ("nccl" if device.type == "cuda" else "gloo"))
+    mesh = make_mesh(base.dp, base.ep, base.pp, base.tp, device)
+    ranks = mesh.world.size
+    facts = environment.describe(device)
+    peaks = {one.config.amp: peak_flops(device, one.config.amp, ranks) for one in variants}
+    if mesh.rank == 0:
+        allocator = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+        print(environment.as_text(facts | {"malloc": str(allocator)} if allocator else facts))
+        print(describe(base, mesh))
+        for amp, (peak, source) in peaks.items():
+            print(f"peak    {engineering(peak)}FLOP/s for {base.dtype if amp == 'none' else amp}: {source}")
+        print(f"fused   {fused.describe(device)}", flush=True)
+    measure(variants, mesh, args.rounds, args.sequential)
+    if mesh.rank == 0:
+        print(f"\n{tables.aligned(HEADERS, rows(variants, peaks))}\n")
+        print(
+            "ms/step: median of alternating steps, ± half the distance of the quartiles. peak: of rank 0, over what it"
+        )
+        print(
+            "held before the step. MFU: useful FLOPs, 6 a parameter and token and causal attention, against the peak."
+        )
+        if args.json:
+            Path(args.json).write_text(json.dumps(as_json(variants, peaks, facts), indent=1) + "\n")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 1 if any(one.problem for one in variants) else 0
+
+
+def find_device(flag: str) -> torch.device:
+    """The device of train.py's --device; with torchrun, this rank's own GPU."""
+    if flag == "auto":
+        flag = "cuda" if torch.cuda.is_available() else "cpu"
+    if flag != "cuda":
+        return torch.device(flag)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def as_json(variants: list[Variant], peaks, facts) -> dict:
+    found = []
+    for one in variants:
+        row: dict[str, object] = {"variant": one.name, "first_loss": one.first_loss, "problem": one.problem}
+        if one.timing:
+            rate = one.config.tokens_per_step / one.timing.median
+            row |= {
+                "median_ms": one.timing.median * 1e3,
+                "low_ms": one.timing.low * 1e3,
+                "high_ms": one.timing.high * 1e3,
+                "tokens_per_s": rate,
+                "times_first": one.timing.speedup_over(variants[0].timing) if variants[0].timing else None,
+                "mfu": rate * one.config.model.flops_per_token / peaks[one.config.amp][0],
+                "peak_bytes": one.peak_bytes,
+            }
+        found.append(row)
+    return {"machine": facts, "config": json.loads(variants[0].config.to_json()), "variants": found}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
