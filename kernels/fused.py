@@ -9,10 +9,11 @@ import functools
 import importlib.util
 import inspect
 
-from heiretsu.kernels import cpu_cross_entropy, cpu_moe, cpu_pointwise, plain
+from heiretsu.kernels import cpu_attention, cpu_cross_entropy, cpu_moe, cpu_pointwise, plain
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
+    from heiretsu.kernels import attention as triton_attention
     from heiretsu.kernels import launch, moe
 
 INTERPRETED = HAS_TRITON and launch.INTERPRETED
@@ -46,6 +47,10 @@ def describe(device) -> str:
     return f"fused kernels: Triton ({launch.architecture(device)})"
 
 
+attention = _choose("attention", cpu_attention.attention, triton_attention.attention if HAS_TRITON else None)
+attention_lse = _choose(
+    "attention_lse", cpu_attention.attention_lse, triton_attention.attention_lse if HAS_TRITON else None
+)
 route = _choose("route", cpu_moe.route, moe.route if HAS_TRITON else None)
 expert_mlp = _choose("expert_mlp", cpu_moe.expert_mlp, moe.expert_mlp if HAS_TRITON else None)
 bias_gelu = _choose("bias_gelu", cpu_pointwise.bias_gelu, None)
