@@ -33,6 +33,7 @@ from heiretsu.data.tokenizer import load_tokenizer
 from heiretsu.kernels import fused, plain
 from heiretsu.model.build import build_engine, count_parameters
 from heiretsu.model.generate import generate
+from heiretsu.model.gpt import GPT
 from heiretsu.parallel.engine import Engine, StepReport
 from heiretsu.parallel.mesh import Mesh, make_mesh
 from heiretsu.parallel.pipeline import Microbatch
@@ -195,7 +196,7 @@ class RunLog:
         if self.file:
             print(json.dumps(record), file=self.file)
         if self.run:
-            self.run.log({**record, **expert_loads(report)}, step=record["step"])
+            self.run.log({**record, **expert_loads(report)}, step=int(record["step"]))
         brief = f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s"
         if self.bar is not None:
             self.bar.set_postfix_str(brief, refresh=False)
@@ -228,7 +229,9 @@ def expert_loads(report: StepReport) -> dict[str, float]:
 def sample(config: RunConfig, engine: Engine) -> str:
     """A piece of text by the trained model, after an end-of-text."""
     tokenizer = load_tokenizer(config.tokenizer, config.vocab_dir)
-    tokens = generate(engine.chunks[0], [tokenizer.eot_token], config.sample_tokens, temperature=0.8, seed=config.seed)
+    model = engine.chunks[0]
+    assert isinstance(model, GPT)
+    tokens = generate(model, [tokenizer.eot_token], config.sample_tokens, temperature=0.8, seed=config.seed)
     return "--- sample ---\n" + tokenizer.decode(list(tokens)) + "\n---"
 
 

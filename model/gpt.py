@@ -22,6 +22,9 @@ INIT_STD = 0.02
 
 
 class LayerNorm(nn.Module):
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, mesh: Mesh, features: int, ops, dtype: torch.dtype):
         super().__init__()
         self.ops = ops
@@ -141,11 +144,11 @@ class GPT(nn.Module):
     def run_blocks(self, x: torch.Tensor, step: int, first_sample: int):
         """x: (B, T, C). Returns x, the mean balance loss of these layers, and the tokens of each expert."""
         aux_loss, load = torch.zeros((), dtype=self._loss_dtype, device=x.device), self._no_load(x.device)
-        for block in self.blocks.values():
+        for name, block in self.blocks.items():
             x, routing = block(x, step, first_sample)
             if routing is not None:
                 aux_loss = aux_loss + routing[0].to(aux_loss.dtype) / len(self.config.moe_layers)
-                load[self.config.moe_layers.index(block.layer)] = routing[1]
+                load[self.config.moe_layers.index(int(name))] = routing[1]
         return x, aux_loss, load
 
     def next_token_logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -171,6 +174,8 @@ class GPT(nn.Module):
 
 class PositionEmbedding(nn.Module):
     """Learned positions. weight: (block_size, C)."""
+
+    weight: nn.Parameter
 
     def __init__(self, mesh: Mesh, config: ModelConfig, dtype: torch.dtype):
         super().__init__()

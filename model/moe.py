@@ -19,6 +19,8 @@ from heiretsu.parallel.placement import Spec, declare
 class Router(nn.Module):
     """Token scores for each expert, in float32 at least: a rounded tie would send a token elsewhere."""
 
+    weight: nn.Parameter
+
     def __init__(self, mesh: Mesh, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
         shape = (config.num_experts, config.n_embed)
@@ -33,6 +35,11 @@ class MoE(nn.Module):
 
     w1: (E, C, F) and b1: (E, F), split over ep and, in F, over tp. w2: (E, F, C) likewise; b2: (E, C), over ep.
     """
+
+    w1: nn.Parameter
+    b1: nn.Parameter
+    w2: nn.Parameter
+    b2: nn.Parameter
 
     def __init__(self, mesh: Mesh, config: ModelConfig, ops, residual_std: float, dtype: torch.dtype):
         super().__init__()

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from heiretsu.model.config import PRESETS, ModelConfig, split_layers
 
@@ -58,7 +58,7 @@ class RunConfig:
     wandb: bool
     wandb_project: str
     wandb_entity: str | None
-    wandb_mode: str
+    wandb_mode: Literal["online", "offline", "disabled"]
     run_name: str | None
     checkpoint_dir: str | None
     save_interval: int

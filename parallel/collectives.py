@@ -53,7 +53,8 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return _all_to_all(dy, *ctx.counts, ctx.axis), None, None, None
+        send_counts, receive_counts = ctx.counts
+        return _all_to_all(dy, send_counts, receive_counts, ctx.axis), None, None, None
 
 
 def _all_to_all(x, send_counts, receive_counts, axis):

@@ -89,7 +89,7 @@ class _InFlight:
             roots.append(self.out.hidden)
             grads.append(self.grad_out)
         needed = [(root, grad) for root, grad in zip(roots, grads, strict=True) if root.requires_grad]
-        torch.autograd.backward(*map(list, zip(*needed, strict=True)))
+        torch.autograd.backward([root for root, _ in needed], [grad for _, grad in needed])
         self.out = self.grad_out = None  # frees the graph
 
     def _arrived(self) -> None:
@@ -112,7 +112,8 @@ def run_schedule(
     chunks: this rank's stages, chunk c being virtual stage c * pp + rank. batches: one for each microbatch.
     """
     zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    totals, flights, sends = Totals(zero, zero), {}, _Sends()
+    totals, sends = Totals(zero, zero), _Sends()
+    flights: dict[tuple[int, int], _InFlight] = {}  # (microbatch, chunk)
     last_virtual = len(chunks) * mesh.pp.size - 1
 
     for action in actions:

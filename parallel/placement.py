@@ -98,7 +98,7 @@ def shard_bounds(size: int, axis: Axis) -> tuple[int, int]:
 
 def declare(module: nn.Module, mesh: Mesh, dtype: torch.dtype, **specs: Spec) -> None:
     """Give `module` a parameter for each spec: this rank's shard, with its initial constant (normals come later)."""
-    module.specs = specs  # read by placement_table alone
+    module.specs = specs  # type: ignore[assignment]  # a plain attribute, read by placement_table alone
     for name, spec in specs.items():
         shape = [s.stop - s.start for s in Placement(name, spec, mesh).local_slices]
         module.register_parameter(name, nn.Parameter(torch.full(shape, spec.fill, dtype=dtype, device=mesh.device)))

@@ -53,6 +53,9 @@ class ColumnParallelLinear(nn.Module):
     split by itself (3 for a fused query-key-value). weight: (parts, F, C) or, with one part, (F, C).
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, mesh: Mesh, in_features: int, out_features: int, std: float, dtype: torch.dtype, parts: int = 1):
         super().__init__()
         self.tp = mesh.tp
@@ -76,6 +79,9 @@ class RowParallelLinear(nn.Module):
     weight: (out_features, in_features), dim 1 sharded. The bias is whole on every rank, added once, after the sum.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, mesh: Mesh, in_features: int, out_features: int, std: float, dtype: torch.dtype):
         super().__init__()
         self.tp = mesh.tp
@@ -96,6 +102,8 @@ class VocabParallelEmbedding(nn.Module):
     num_rows: vocabulary size. padded_rows: rows that the weight really has, the same on every topology; those past
     num_rows are never looked up and get no logit. weight: (padded_rows, C), dim 0 sharded.
     """
+
+    weight: nn.Parameter
 
     def __init__(self, mesh: Mesh, num_rows: int, padded_rows: int, features: int, std: float, dtype: torch.dtype):
         super().__init__()
