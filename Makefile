@@ -32,8 +32,7 @@ install: $(VENV)/.installed ## make .venv with what a run needs
 train: $(VENV)/.installed ## train a small GPT on the embedded corpus (ARGS="--max_iters 50" adds flags)
 	$(BIN)/python train.py $(ARGS)
 
-test: $(VENV)/.installed-dev ## run the kernels in Triton's interpreter, then every test
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
+test: $(VENV)/.installed-dev ## run every test, the Triton kernels in the interpreter included
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: types ## ruff (lint and format) and the type check
