@@ -112,6 +112,23 @@ def test_gpt2_tokens_do_not_depend_on_where_the_text_is_cut(vocab_dir, text, pie
     assert [piece.start for piece in pieces] == [0, *(piece.end for piece in pieces)][: len(pieces)]
 
 
+@settings(max_examples=300, deadline=None)
+@given(HARD_TEXT, st.integers(1, 20), st.sampled_from([None, "l.", "!"]))
+def test_cut_is_the_first_place_where_no_token_can_span_it(text, offset, separator):
+    """Between a character that is no space and one that is, and never within a character; or before a separator."""
+    content = text.encode()
+    expected = [
+        len(text[:i].encode())
+        for i in range(1, len(text))
+        if (text.startswith(separator, i) if separator else not text[i - 1].isspace() and text[i] in " \t\r\n")
+    ]
+    expected = next((cut for cut in expected if cut >= offset), len(content))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "_BLOCK_BYTES", 3)
+        path = write(Path(folder, "a.txt"), content)
+        assert script._boundary(path, offset, len(content), separator, script._BEFORE_SPACE) == expected
+
+
 def test_words_are_cut_into_pieces_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "PIECE_BYTES", 100)
     path = write(tmp_path / "a.txt", STORY * 50)
@@ -130,12 +147,15 @@ def test_shards_do_not_depend_on_the_number_of_workers(tmp_path, vocab_dir, monk
 
 
 @pytest.mark.parametrize("num_tokens, expected", [(100, [100]), (101, [101]), (199, [199]), (200, [100, 100])])
-def test_shards_hold_shard_tokens_and_a_short_rest_joins_the_last(num_tokens, expected, tmp_path):
-    train, val = write(tmp_path / "a.txt", "x" * (num_tokens - 1)), write(tmp_path / "b.txt", "y" * 450)
+def test_shards_hold_shard_tokens_and_a_short_rest_joins_the_last(num_tokens, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "PIECE_BYTES", 10)
+    text = " ".join(map(str, range(1000)))
+    train, val = write(tmp_path / "a.txt", text[: num_tokens - 1]), write(tmp_path / "b.txt", text[:450])
     prepare([train], tmp_path / "out", "bytes", val_files=[val], shard_tokens=100)
     assert [len(read_shard(p)) for p in sorted((tmp_path / "out").glob("train_*.bin"))] == expected
     assert [len(read_shard(p)) for p in sorted((tmp_path / "out").glob("val_*.bin"))] == [100, 100, 100, 151]
-    assert tokens_of(tmp_path / "out", "train") == [EOT, *b"x" * (num_tokens - 1)]
+    assert tokens_of(tmp_path / "out", "train") == [EOT, *text[: num_tokens - 1].encode()]
+    assert tokens_of(tmp_path / "out", "val") == [EOT, *text[:450].encode()]
 
 
 def test_result_opens_as_training_data(tmp_path, vocab_dir):
@@ -252,12 +272,12 @@ def test_stopped_command_leaves_nothing(number, status, tmp_path):
     file = write(tmp_path / "text.txt", STORY * 300_000)  # far more than can be done before the signal
     command = [sys.executable, ROOT / "data" / "prepare.py", file, "--tokenizer", "bytes", "--out", tmp_path / "out"]
     running = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not any(path.stat().st_size > 2048 for path in tmp_path.glob(".out.*/.train*")):
         assert running.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     running.send_signal(number)
-    _, errors = running.communicate(timeout=30)
+    _, errors = running.communicate(timeout=60)
     assert running.returncode == status
     assert "Traceback" not in errors
     assert left_in(tmp_path) == ["text.txt"]

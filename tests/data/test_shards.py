@@ -17,7 +17,7 @@ def file_bytes(tokens, magic=20240520, version=1, count=None):
     return struct.pack("<256i", magic, version, count, *[0] * 253) + struct.pack(f"<{len(tokens)}H", *tokens)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 65535)), min_size=1).filter(any))
 def test_shard_reads_back_as_written_and_is_the_format_to_the_byte(parts):
     with tempfile.TemporaryDirectory() as folder:
