@@ -8,15 +8,16 @@ Parity comes first: an implementation that is wrong gets no number. Cases that l
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__" and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
-    del sys.path[
-        0
-    ]  # this folder's file names are not names for `import`: others publish modules called kernels or train
+    del sys.path[0]  # this folder's file names are not names for `import`: others publish modules of those names
+if importlib.util.find_spec("heiretsu") is None:
+    sys.exit("heiretsu is not installed: run `pip install -e '.[bench]'` in the repository, or `make bench`")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,11 +7,15 @@ A log has one JSON object a line and step; see FIELDS for the names that are rea
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
 import sys
 from pathlib import Path
+
+if importlib.util.find_spec("heiretsu") is None:
+    sys.exit("heiretsu is not installed: run `pip install -e '.[bench]'` in the repository, or `make bench`")
 
 import matplotlib
 from matplotlib.figure import Figure

@@ -13,6 +13,7 @@ number.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -22,6 +23,8 @@ from pathlib import Path
 
 if __name__ == "__main__" and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]  # this folder's file names are not names for `import`
+if importlib.util.find_spec("heiretsu") is None:
+    sys.exit("heiretsu is not installed: run `pip install -e '.[bench]'` in the repository, or `make bench`")
 
 import torch
 import torch.distributed as dist
