@@ -6,6 +6,9 @@ Tests that compile a kernel need Triton, and a process in which it compiles rath
 import importlib.util
 import os
 
+import pytest
+import torch
+
 COMPILES = importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET", "0") != "1"
 collect_ignore = [] if COMPILES else ["test_planted.py", "test_triton_language.py", "test_driver.py"]
 
@@ -21,3 +24,8 @@ def pytest_collection_modifyitems(config, items):
     if longer:
         config.hook.pytest_deselected(items=longer)
         items[:] = [item for item in items if item not in longer]
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers_every_time():
+    torch.manual_seed(0)

@@ -111,10 +111,11 @@ def _parameter(text):
 
 def _closing_brace(text, position):
     depth = 1
-    while depth:
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        position += 1
-    return position - 1
+    for brace in re.compile(r"[{}]").finditer(text, position):
+        depth += 1 if brace.group() == "{" else -1
+        if not depth:
+            return brace.start()
+    raise ValueError("the function body does not end")
 
 
 class _Body:
