@@ -1,0 +1,199 @@
+"""train.py as a user runs it: the command line, torchrun, the log file, and what is refused."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train as train_script
+from heiretsu.data.shards import write_shard
+from heiretsu.model.options import parse_args
+
+ROOT = Path(__file__).parents[1]
+TRAIN = [str(ROOT / "train.py")]
+TINY = "--n_layer 2 --n_head 2 --n_embed 16 --block_size 16 --eval_interval 3 --eval_iters 2 --sample_tokens 8".split()
+EXACT = [*TINY, "--dtype", "float64", "--max_iters", "10", "--learning_rate", "0.01", "--grad_clip", "0.5"]
+MOE = ["--num_experts", "4", "--moe_freq", "1"]
+
+
+def start(arguments: list[str], ranks: int = 1, agents: int = 1, **environment) -> list[subprocess.Popen]:
+    """`python train.py ...`, or torchrun with this many ranks on this many agents ("nodes") of one machine."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env.pop("TRITON_INTERPRET", None)
+    commands = [[sys.executable, *TRAIN, *arguments]]
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks // agents}"]
+        meet = [f"--nnodes={agents}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        commands = [[*torchrun, *meet, f"--node_rank={i}", *TRAIN, *arguments] for i in range(agents)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, env=env, **pipes) for command in commands]
+
+
+def finish(processes: list[subprocess.Popen]) -> tuple[list[int], str, str]:
+    """Exit statuses, standard output and standard error of all agents."""
+    results = [process.communicate(timeout=240) for process in processes]
+    out, err = ("".join(texts) for texts in zip(*results, strict=True))
+    return [process.returncode for process in processes], out, err
+
+
+def log_of(tmp_path: Path, name: str, arguments: list[str], **how) -> list[dict]:
+    path = tmp_path / f"{name}.jsonl"
+    statuses, out, err = finish(start([*arguments, "--log_file", str(path)], **how))
+    assert set(statuses) == {0}, out + err
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same_run(ours: list[dict], theirs: list[dict]) -> None:
+    assert [record["step"] for record in ours] == list(range(10))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for key in mine.keys() - {"tokens_per_s"}:
+            assert mine[key] == pytest.approx(other[key], rel=1e-9), f"step {mine['step']}: {key}"
+    assert [record["step"] for record in ours if "eval_loss" in record] == [2, 5, 8, 9]
+
+
+def test_log_file_is_the_same_on_eight_ranks(tmp_path):
+    single = log_of(tmp_path, "single", [*EXACT, "--batch_size", "4", "--grad_accum_steps", "4"])
+    eight = [*EXACT, *"--dp 2 --tp 2 --pp 2 --batch_size 2 --grad_accum_steps 4".split()]
+    assert_same_run(log_of(tmp_path, "eight", eight, ranks=8), single)
+
+
+def test_log_file_is_the_same_on_two_nodes_with_experts_split_between_them(tmp_path):
+    single = log_of(tmp_path, "single", [*EXACT, *MOE, "--batch_size", "4"])
+    assert all(record["aux_loss"] > 0 for record in single)
+    nodes = [*EXACT, *MOE, "--ep", "2", "--batch_size", "2"]
+    assert_same_run(log_of(tmp_path, "nodes", nodes, ranks=2, agents=2), single)
+
+
+def test_output_names_model_mesh_kernels_data_and_ends_with_a_sample():
+    statuses, out, _ = finish(start([*TINY, "--max_iters", "3"]))
+    assert statuses == [0]
+    for start_of_line in (
+        "config: {",
+        "model: ",
+        "mesh: dp 1 x ep 1 x pp 1 x tp 1 on ",
+        "kernels: ",
+        "data: ",
+        "batch: ",
+    ):
+        assert f"\n{start_of_line}" in f"\n{out}"
+    assert "validation loss" in out and "--- sample ---" in out
+
+
+REFUSED = {
+    "world size": ("--dp 2", "--dp 2 x --ep 1 x --pp 1 x --tp 1 = 2 ranks, but 1 process started"),
+    "heads by tp": ("--tp 3", "--tp 3 does not divide --n_head 4"),
+    "layers by pp": ("--pp 5", "--n_layer is 4"),
+    "experts by ep": ("--ep 3 --num_experts 8", "--ep 3 does not divide --num_experts 8"),
+    "ep without experts": ("--ep 2", "--num_experts is 0"),
+    "top_k": ("--num_experts 2 --top_k 3", "--top_k 3 must be in 1..2"),
+    "moe_freq": ("--num_experts 2 --moe_freq 5", "--moe_freq 5 must be in 1..4"),
+    "microbatches": ("--grad_accum_steps 0", "--grad_accum_steps 0 must be at least 1"),
+    "block size": ("--block_size 0", "--block_size 0 must be at least 1"),
+    "heads": ("--n_head 3", "--n_head 3 does not divide --n_embed 128"),
+    "amp on a CPU": ("--amp fp16 --device cpu", "--amp bf16"),
+    "amp with float64": ("--amp bf16 --dtype float64", "--dtype float64"),
+    "data_dir": ("--data_dir /nowhere", "/nowhere"),
+    "learning rates": ("--learning_rate 1e-4 --min_lr 1e-3", "--min_lr 0.001 is above --learning_rate 0.0001"),
+    "dropout": ("--dropout 1", "--dropout 1.0 must be in [0, 1)"),
+    "betas": ("--betas 0.9 1", "--betas 0.9 1.0"),
+    "unknown flag": ("--batchsize 4", "--batchsize"),
+    "a value": ("--schedule zigzag", "zigzag"),
+    "chunks": ("--num_train_chunks 0", "--num_train_chunks 0"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED.values(), ids=REFUSED)
+def test_wrong_flags_are_refused_in_one_line_that_names_them(capsys, monkeypatch, arguments, message):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        # Where the world size is not what is wrong, let it be right.
+        sizes = [int(n) for flag, n in zip(arguments.split(), arguments.split()[1:], strict=False) if flag[2:] in MESH]
+        parse_args(arguments.split(), world_size=1 if "ranks, but" in message else int(np.prod(sizes)))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+MESH = ("dp", "ep", "pp", "tp")
+
+
+def test_wrong_flags_are_refused_before_torch_is_imported():
+    began = time.perf_counter()
+    statuses, _, err = finish(start(["--tp", "2"]))
+    assert statuses == [2] and err.startswith("train.py: error: ") and err.count("\n") == 1
+    program = "import sys; import heiretsu.model.options; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    assert time.perf_counter() - began < 20  # far from the second that it takes, since other tests may be running
+
+
+def write_data(folder: Path, train=1000, val=1000, tokens=None) -> list[str]:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        if count:
+            write_shard(
+                folder / f"fineweb_{split}_000001.bin", rng.integers(200, size=count) if tokens is None else tokens
+            )
+    return ["--data_dir", str(folder), "--tokenizer", "bytes", *TINY, "--max_iters", "2"]
+
+
+def test_data_dir_with_fineweb_names_is_read(tmp_path):
+    statuses, out, err = finish(start(write_data(tmp_path)))
+    assert statuses == [0], err
+    assert "1,000 training tokens" in out
+
+
+def corrupt(folder: Path) -> None:
+    path = folder / "fineweb_train_000001.bin"
+    path.write_bytes(path.read_bytes()[1024:])  # without its header
+
+
+BAD_DATA = {
+    "no shards": (lambda folder: [path.unlink() for path in folder.iterdir()], "train"),
+    "corrupt header": (corrupt, "fineweb_train_000001.bin: not a token shard"),
+    "empty shard": (
+        lambda folder: (folder / "fineweb_val_000001.bin").write_bytes(b""),
+        "fineweb_val_000001.bin: empty",
+    ),
+    "short shard": (lambda folder: write_shard(folder / "fineweb_train_000001.bin", range(5)), "--block_size 16"),
+    "token id": (
+        lambda folder: write_shard(folder / "fineweb_train_000001.bin", [257] * 99),
+        "token id 257 at position 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil, message", BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_data_is_refused_by_name(tmp_path, capsys, monkeypatch, spoil, message):
+    monkeypatch.delenv("RANK", raising=False)
+    arguments = write_data(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train_script.main(parse_args(arguments, world_size=1))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1
+
+
+def test_bad_data_ends_every_rank(tmp_path):
+    arguments = write_data(tmp_path)
+    corrupt(tmp_path)
+    statuses, _, err = finish(start([*arguments, "--dp", "2", "--log_file", str(tmp_path / "log")], ranks=2))
+    assert statuses == [1] and err.count("not a token shard") == 1
+    assert not (tmp_path / "log").exists()
+
+
+def test_wandb_offline_writes_a_run(tmp_path):
+    pytest.importorskip("wandb", reason="wandb is an extra")
+    arguments = [*TINY, *MOE, "--max_iters", "2", "--wandb", "--wandb_mode", "offline"]
+    statuses, _, err = finish(start(arguments, WANDB_DIR=str(tmp_path), WANDB_SILENT="true"))
+    assert statuses == [0], err
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
