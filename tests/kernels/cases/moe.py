@@ -1,0 +1,175 @@
+"""Parity cases and planted bugs of route and expert_mlp.
+
+In the interpreter a tile of the grouped GEMM is 32 rows by 64 columns, depth 16, and one of the weight gradient 16 by
+32 columns, 32 rows at a time: the sizes below end inside, at and behind those. Cases about routing have experts or
+tokens whose results are exactly zero. Those crowd the peers of the small elements in the parity rule, so that a 16-bit
+rounding error has nothing to compare with: such cases run in float32 alone.
+"""
+
+import torch
+
+from tests.kernels.parity import Case, Mutation
+
+
+def _route(N, E, top_k, edit=lambda logits: logits):
+    def inputs(generator, dtype):
+        logits = edit(torch.randn(N, E, generator=generator))
+        return {"logits": logits.to(dtype).requires_grad_(), "top_k": top_k}
+
+    return inputs
+
+
+def _ties(logits):
+    return (logits * 2).round() / 2  # about ten values: most rows of 8 hold equal ones
+
+
+def _closed(logits):
+    """Experts that a mask has closed, in some rows all but one."""
+    logits[:, 1] = -torch.inf
+    logits[::3, 2:] = -torch.inf
+    return logits
+
+
+def _strided_logits(generator, dtype):
+    table = torch.randn(6, 90, generator=generator).to(dtype)
+    return {"logits": table.T[::2].requires_grad_(), "top_k": 2}  # (45, 6): experts far apart, every other token
+
+
+def _mlp(N, C, F, E, K, experts=None, biases=True, weights=None, gates=True, grad=None):
+    """Inputs of expert_mlp. experts: (N, K, E, generator) -> indices, by default random distinct ones. weights: dtype
+    of the parameters, by default the activations'. grad: names that require a gradient, by default all."""
+
+    def inputs(generator, dtype):
+        index = (experts or _distinct)(N, K, E, generator)
+        parameters = weights or dtype
+        values = {
+            "x": torch.randn(N, C, generator=generator).to(dtype),
+            "experts": index,
+            "gates": torch.rand(N, K, generator=generator).to(dtype) if gates else torch.ones(N, K, dtype=dtype),
+            "w1": (torch.randn(E, C, F, generator=generator) * C**-0.5).to(parameters),
+            "b1": torch.randn(E, F, generator=generator).to(parameters) if biases else None,
+            "w2": (torch.randn(E, F, C, generator=generator) * F**-0.5).to(parameters),
+            "b2": torch.randn(E, C, generator=generator).to(parameters) if biases else None,
+        }
+        wanted = grad or ("x", "gates", "w1", "b1", "w2", "b2")
+        for name, value in values.items():
+            if value is not None:
+                values[name] = value.detach().requires_grad_(name in wanted)
+        return values
+
+    return inputs
+
+
+def _distinct(N, K, E, generator):
+    return torch.rand(N, E, generator=generator).argsort(1)[:, :K]
+
+
+def _never_first_or_last(N, K, E, generator):
+    return 1 + torch.rand(N, E - 2, generator=generator).argsort(1)[:, :K]
+
+
+def _only(expert):
+    return lambda N, K, E, generator: torch.full((N, K), expert)
+
+
+def _skewed(N, K, E, generator):
+    """Nearly all rows to expert 2, one row each to some others."""
+    index = torch.full((N, K), 2)
+    index[1, 0], index[-1, -1] = 0, E - 1
+    return index
+
+
+def _with_strangers(N, K, E, generator):
+    """Indices outside 0..E-1, as for slots that another rank serves."""
+    return torch.randint(-1, E + 2, (N, K), generator=generator)
+
+
+def _exact_tiles(N, K, E, generator):
+    """Expert e gets 32 rows exactly, so that tiles end where experts do."""
+    return torch.arange(N * K).view(N, K) // 32 % E
+
+
+def _views(generator, dtype):
+    """x in the columns of a wider tensor, weights transposed in memory, gates and indices strided."""
+    values = _mlp(37, 24, 40, 4, 2)(generator, dtype)
+    values["x"] = torch.randn(37, 60, generator=generator).to(dtype)[:, 5:53:2].requires_grad_()
+    values["w1"] = (torch.randn(4, 40, 24, generator=generator) * 0.2).to(dtype).transpose(1, 2).requires_grad_()
+    values["gates"] = torch.rand(2, 37, generator=generator).to(dtype).T.requires_grad_()
+    values["experts"] = torch.randint(0, 4, (2, 37), generator=generator).T
+    return values
+
+
+def _expanded(generator, dtype):
+    values = _mlp(20, 16, 32, 3, 1)(generator, dtype)
+    values["x"] = torch.randn(1, 16, generator=generator).to(dtype).expand(20, 16).requires_grad_()
+    return values
+
+
+FLOAT32 = (torch.float32,)
+TWO = (torch.float32, torch.bfloat16)
+PARAMETERS = ("w1", "b1", "w2", "b2")
+
+CASES = [
+    Case("route", "2 of 8", "three blocks of tokens with a tail", _route(70, 8, 2)),
+    Case("route", "ties", "equal logits go to the lower expert", _route(40, 8, 3, _ties), FLOAT32),
+    Case("route", "1 of 1", "one expert: a gate of 1, no gradient", _route(5, 1, 1), FLOAT32),
+    Case("route", "1 of 5", "top 1: gates are 1 whatever the logits", _route(33, 5, 1), FLOAT32),
+    Case("route", "all of 3", "a plain softmax, sorted; E and K no powers of two", _route(33, 3, 3), TWO),
+    Case(
+        "route", "closed experts", "logits of -inf, chosen where nothing else is left", _route(12, 6, 2, _closed), TWO
+    ),
+    Case("route", "large logits", "overflows without the maximum", _route(10, 4, 2, lambda logits: logits * 300), TWO),
+    Case("route", "strided", "transposed, every other token left out", _strided_logits, FLOAT32),
+    Case("route", "no tokens", "N = 0", _route(0, 4, 2), FLOAT32),
+    Case("route", "tiny", "for the emulator", _route(9, 5, 2), TWO, emulate=True),
+    Case("expert_mlp", "two of four", "tails everywhere: rows, C and F off the blocks", _mlp(70, 40, 72, 4, 2)),
+    Case(
+        "expert_mlp",
+        "float32 masters",
+        "16-bit activations beside float32 weights, whose gradients come back float32",
+        _mlp(40, 32, 48, 3, 2, weights=torch.float32),
+        (torch.bfloat16, torch.float16),
+    ),
+    Case(
+        "expert_mlp",
+        "even blocks",
+        "C, F and the rows of experts are whole blocks",
+        _mlp(64, 32, 64, 4, 2, _exact_tiles),
+    ),
+    Case("expert_mlp", "no biases", "b1 and b2 None", _mlp(37, 16, 33, 3, 2, biases=False), TWO),
+    Case(
+        "expert_mlp",
+        "after the exchange",
+        "K = 1 and gates of 1 that want no gradient, as local experts see them",
+        _mlp(50, 24, 32, 2, 1, gates=False, grad=("x", *PARAMETERS)),
+        TWO,
+    ),
+    Case("expert_mlp", "one expert", "E = 1: a plain MLP", _mlp(33, 17, 19, 1, 1), TWO),
+    Case("expert_mlp", "three choices", "K = E and no power of two", _mlp(19, 16, 24, 3, 3), FLOAT32),
+    Case("expert_mlp", "one token", "N = 1", _mlp(1, 16, 24, 4, 2), FLOAT32),
+    Case("expert_mlp", "no tokens", "N = 0: zero gradients of the right shapes", _mlp(0, 16, 24, 4, 2), FLOAT32),
+    Case(
+        "expert_mlp", "empty experts", "first and last get none", _mlp(21, 16, 24, 5, 2, _never_first_or_last), FLOAT32
+    ),
+    Case("expert_mlp", "one hot", "all to one expert: three row tiles", _mlp(80, 16, 24, 4, 1, _only(2)), FLOAT32),
+    Case("expert_mlp", "skewed", "one row here, all there", _mlp(35, 16, 24, 5, 2, _skewed), FLOAT32),
+    Case(
+        "expert_mlp",
+        "strangers",
+        "indices outside 0..E-1 add nothing",
+        _mlp(40, 16, 24, 3, 2, _with_strangers),
+        FLOAT32,
+    ),
+    Case("expert_mlp", "nobody", "every index outside: all zeros", _mlp(6, 16, 24, 3, 2, _only(-1)), FLOAT32),
+    Case("expert_mlp", "views", "x, w1, gates and indices are strided", _views, FLOAT32),
+    Case("expert_mlp", "expanded", "one row stands for all tokens", _expanded, FLOAT32),
+    Case("expert_mlp", "only x", "frozen experts", _mlp(20, 16, 24, 3, 2, grad=("x",)), FLOAT32),
+    Case("expert_mlp", "only w1", "no gradient for x", _mlp(20, 16, 24, 3, 2, grad=("w1",)), FLOAT32),
+    Case("expert_mlp", "narrow", "sizes below every block", _mlp(3, 1, 2, 2, 1), FLOAT32),
+    Case("expert_mlp", "tiny", "for the emulator", _mlp(9, 16, 24, 3, 2), TWO, emulate=True),
+    Case(
+        "expert_mlp", "tiny skewed", "an empty expert, emulated", _mlp(7, 8, 16, 4, 1, _skewed), FLOAT32, emulate=True
+    ),
+]
+
+MUTATIONS: list[Mutation] = []
