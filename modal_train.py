@@ -14,7 +14,6 @@ A preempted run is started again by Modal with the same arguments; --resume auto
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -124,15 +123,7 @@ def checked(config: Mapping[str, object], gpu: str) -> RunConfig:
         sys.exit(f"GPU {gpu!r} is none of {', '.join(GPUS)}")
     if gpus > GPUS_PER_CONTAINER:
         sys.exit(f"TRAINING_CONFIG: dp x ep x pp x tp = {gpus} GPUs, but a container has at most {GPUS_PER_CONTAINER}")
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(gpus)  # what torchrun will tell train.py
-    try:
-        return parse_args([*flags(config), "--checkpoint_dir", CHECKPOINTS])
-    finally:
-        if before is None:
-            del os.environ["WORLD_SIZE"]
-        else:
-            os.environ["WORLD_SIZE"] = before
+    return parse_args([*flags(config), "--checkpoint_dir", CHECKPOINTS], world_size=gpus)
 
 
 def estimate(config: RunConfig, gpu: str, gpus: int) -> tuple[float, float]:
