@@ -4,17 +4,18 @@ A `Case` is one row: an op, a shape and the reason for that shape. `check` runs 
 the same random cotangents: the implementation under test, `kernels.plain` in the same dtype, and `kernels.plain` in
 float64, the reference. Every output and every gradient is compared by name.
 
-The rule. An element of size |reference| = a is judged among its peers: the elements of the tensor no larger than 2a
-(at least the 64 smallest, so that luck with one rounding does not decide). Its error may be at most
+The rule. An element of size |reference| = a is judged among its peers, the elements of the tensor no larger than 2a (at
+least the 64 smallest), and its neighbours, the elements of its row, of its column and so on. Its error may be at most
 
-    2 * (the largest error that same-dtype plain makes among the peers)
+    2 * (the largest error that same-dtype plain makes among peers and neighbours)
     + 1 ulp of the tensor's dtype + 4 ulps of the accumulator, both of the largest peer's size
     + for a gradient: 4 ulps of the accumulator, of the largest cotangent's size.
 
-One ulp is the final rounding; four of the accumulator (float32, float64 for float64) pay for another order of the same
-arithmetic. Gradients are linear in the cotangents, and many vanish by cancellation (one key: the softmax is constant),
-so their rounding noise has the cotangent's size, whatever the reference's. Peers are what makes the rule neither
-elementwise (where plain may be exact by luck) nor one norm (where one huge element hides errors in all the others).
+One ulp is the final rounding; four of the accumulator (float32, float64 for float64) pay for another order of the
+same arithmetic. Gradients are linear in the cotangents, and many vanish by cancellation (one key: the softmax is
+constant), so their rounding noise has the cotangent's size, whatever the reference's. Peers and neighbours are what
+makes the rule neither elementwise (plain may be exact there by luck: a small element is often what is left of large
+ones, whose rounding shows in its row) nor one norm (one huge element would hide errors in all the others).
 
 To add a row, append a `Case` to tests/kernels/cases/<op>.py; to add a planted bug, append a `Mutation` there.
 """
@@ -169,6 +170,7 @@ def compare(ours, own, reference, gradient_size: float = 0.0) -> Comparison:
     plain_error = torch.where(finite & same.isfinite(), (same - want).abs(), 0.0)
     size = torch.where(finite, want.abs(), 0.0)
     allowed = _allowed(size, plain_error, ours.dtype, gradient_size)
+    allowed = allowed.maximum(2 * _worst_of_lines(plain_error.view(ours.shape)).flatten())
     worst = int((error / allowed.clamp(min=torch.finfo(torch.float64).tiny)).argmax())
     message = ""
     if error[worst] > allowed[worst]:
@@ -202,6 +204,15 @@ def _allowed(size, plain_error, dtype, gradient_size):
     allowed = torch.empty_like(size)
     allowed[order] = 2 * plain_worst + ulps
     return allowed
+
+
+def _worst_of_lines(errors):
+    """For each element the largest error along the lines through it: its row, its column, ... None for a lone line."""
+    dims = [dim for dim, n in enumerate(errors.shape) if n > 1]
+    worst = torch.zeros_like(errors)
+    for dim in dims if len(dims) > 1 else ():
+        worst = worst.maximum(errors.amax(dim, keepdim=True))
+    return worst
 
 
 def _compare_exactly(ours, own):

@@ -223,6 +223,31 @@ def test_a_huge_element_does_not_hide_errors_elsewhere():
     assert "[100]" in compare(wrong, own, reference).message
 
 
+def test_a_huge_element_hides_only_errors_of_its_row_and_column():
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(64, 64, generator=generator, dtype=torch.float64)
+    reference[7, 9] = 1e9 / 3
+    own = reference.float()
+    for row, column in ((8, 10), (63, 0)):
+        wrong = own.clone()
+        wrong[row, column] += 1e-4
+        assert f"[{row}, {column}]" in compare(wrong, own, reference).message
+
+
+def test_the_rest_of_a_cancellation_may_have_the_noise_of_its_row():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-3, 3, 40, dtype=torch.float64)[:, None]  # rows of very different size
+    terms = torch.randn(2, 40, 30, generator=generator, dtype=torch.float64) * scale
+    terms[1, 20:, 5] = -terms[0, 20:, 5] * (1 + 1e-3)  # large terms of which little is left
+    reference = terms.bfloat16().double().sum(0)
+    rounded = (terms.bfloat16() * 1.25).float()  # two ways to round on the way
+    own, other = (rounded[0].bfloat16() + rounded[1].bfloat16()), (rounded[0] + rounded[1]).bfloat16()
+    assert not compare(other, own, reference * 1.25).message
+    wrong = other.clone()
+    wrong[39, 5] += 0.05 * reference[39].abs().max().item()
+    assert "[39, 5]" in compare(wrong, own, reference * 1.25).message
+
+
 def test_exact_zeros_among_many_must_stay_zero():
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(4096, generator=generator, dtype=torch.float64)
