@@ -14,7 +14,10 @@ from heiretsu.kernels import cpu_attention, cpu_cross_entropy, cpu_moe, cpu_poin
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from heiretsu.kernels import attention as triton_attention
+    from heiretsu.kernels import bias_gelu as triton_bias_gelu
+    from heiretsu.kernels import dropout as triton_dropout
     from heiretsu.kernels import launch, moe
+    from heiretsu.kernels import layer_norm as triton_layer_norm
 
 INTERPRETED = HAS_TRITON and launch.INTERPRETED
 
@@ -53,7 +56,7 @@ attention_lse = _choose(
 )
 route = _choose("route", cpu_moe.route, moe.route if HAS_TRITON else None)
 expert_mlp = _choose("expert_mlp", cpu_moe.expert_mlp, moe.expert_mlp if HAS_TRITON else None)
-bias_gelu = _choose("bias_gelu", cpu_pointwise.bias_gelu, None)
-dropout = _choose("dropout", cpu_pointwise.dropout, None)
-layer_norm = _choose("layer_norm", cpu_pointwise.layer_norm, None)
+bias_gelu = _choose("bias_gelu", cpu_pointwise.bias_gelu, triton_bias_gelu.bias_gelu if HAS_TRITON else None)
+dropout = _choose("dropout", cpu_pointwise.dropout, triton_dropout.dropout if HAS_TRITON else None)
+layer_norm = _choose("layer_norm", cpu_pointwise.layer_norm, triton_layer_norm.layer_norm if HAS_TRITON else None)
 linear_cross_entropy = _choose("linear_cross_entropy", cpu_cross_entropy.linear_cross_entropy, None)

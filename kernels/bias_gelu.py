@@ -1,0 +1,174 @@
+"""GELU(x + bias), tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415), in one pass forward and one backward.
+
+With u = x + bias and z = 2 sqrt(2/pi) (u + 0.044715 u^3), 0.5 (1 + tanh(z / 2)) is sigmoid(z), so
+
+    out = u sigmoid(z),   dx = dout (s + u s (1 - s) dz/du),   s = sigmoid(z),   dbias = sum of dx over the rows.
+
+sigmoid is one exp2 and one reciprocal; a tanh would cost more, and instructions, not bytes, could bound these kernels.
+Bytes: 2 values an element forward and 3 backward, which recomputes u; unfused 4 and 7. dbias: each program sums its own
+rows into one row of partial sums, and these are added in a fixed order, so that two runs give the same bits.
+
+N rows (all leading dims of x), F columns. TABLE entries: bias_gelu_forward, bias_gelu_backward.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from heiretsu.kernels import launch
+from heiretsu.kernels.row_tiles import as_rows, contiguous_like, load_tile, store_tile, wide_dtype, widen
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LINEAR = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
+_CUBIC = tl.constexpr(0.044715 * 2.0 * math.sqrt(2.0 / math.pi))
+
+
+@triton.jit
+def gelu(u):
+    """u sigmoid(z), for float32 or float64."""
+    return u / (1.0 + tl.exp2(u * (-_LOG2_E * _LINEAR - _LOG2_E * _CUBIC * u * u)))
+
+
+@triton.jit
+def gelu_derivative(u):
+    """d gelu(u) / du = s + u s (1 - s) dz/du, where s = 1 / (1 + e) and 1 - s = e s without cancellation."""
+    square = u * u
+    e = tl.exp2(tl.minimum(u * (-_LOG2_E * _LINEAR - _LOG2_E * _CUBIC * square), 100.0))  # finite: e s^2 must not be inf 0
+    root = tl.rsqrt(1.0 + e)  # its square takes 4 instructions fewer than a division: 2.36 against 2.10 on H100
+    s = root * root
+    return s * (1.0 + u * (_LINEAR + 3.0 * _CUBIC * square) * (e * s))
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # (N, F), rows stride_x apart
+    bias_ptr,  # (F,)
+    out_ptr,  # (N, F)
+    N,
+    F,
+    stride_x,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    col_blocks = tl.cdiv(F, BLOCK_F)
+    rows = (tl.program_id(0) // col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = (tl.program_id(0) % col_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
+    bias = widen(tl.load(bias_ptr + cols, mask=cols < F, other=0.0))
+    out = gelu(load_tile(x_ptr, rows, stride_x, cols, N, F) + bias[None, :])
+    store_tile(out_ptr, out, rows, cols, N, F)
+
+
+@triton.jit
+def _backward_kernel(
+    dout_ptr,  # (N, F), rows stride_dout apart
+    x_ptr,  # (N, F), rows stride_x apart
+    bias_ptr,  # (F,)
+    dx_ptr,  # (N, F)
+    partial_ptr,  # (blocks of ROWS rows, F), float32 or float64: sums of dx over the rows of a block
+    N,
+    F,
+    stride_dout,
+    stride_x,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    col_blocks = tl.cdiv(F, BLOCK_F)
+    row_block = (tl.program_id(0) // col_blocks).to(tl.int64)
+    cols = (tl.program_id(0) % col_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
+    bias = widen(tl.load(bias_ptr + cols, mask=cols < F, other=0.0))
+    total = tl.zeros([BLOCK_N, BLOCK_F], partial_ptr.dtype.element_ty)
+    for start in range(0, ROWS, BLOCK_N):
+        rows = row_block * ROWS + start + tl.arange(0, BLOCK_N)
+        x = load_tile(x_ptr, rows, stride_x, cols, N, F)
+        dx = load_tile(dout_ptr, rows, stride_dout, cols, N, F) * gelu_derivative(x + bias[None, :])
+        total += dx  # rows beyond N have dout 0
+        store_tile(dx_ptr, dx, rows, cols, N, F)
+    tl.store(partial_ptr + row_block * F + cols, tl.sum(total, 0), mask=cols < F)
+
+
+@torch.library.custom_op("heiretsu::bias_gelu", mutates_args=())
+def _forward(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    out = contiguous_like(x)
+    if x.numel() == 0:
+        return out
+    rows, F = as_rows(x), x.shape[-1]
+    meta = launch.parameters("bias_gelu_forward", x.device, itemsize=x.itemsize)
+    grid = (triton.cdiv(rows.shape[0], meta["BLOCK_N"]) * triton.cdiv(F, meta["BLOCK_F"]),)
+    with launch.on(x.device):
+        _forward_kernel[grid](rows, bias, out, rows.shape[0], F, rows.stride(0), **meta)
+    return out
+
+
+@_forward.register_fake
+def _(x, bias):
+    return contiguous_like(x)
+
+
+@torch.library.custom_op("heiretsu::bias_gelu_backward", mutates_args=())
+def _backward(dout: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    dx, F = contiguous_like(x), x.shape[-1]
+    if x.numel() == 0:
+        return dx, torch.zeros_like(bias)
+    rows, dout_rows = as_rows(x), as_rows(dout)
+    meta = launch.parameters("bias_gelu_backward", x.device, itemsize=x.itemsize)
+    row_blocks = triton.cdiv(rows.shape[0], meta["ROWS"])
+    partial = x.new_empty(row_blocks, F, dtype=wide_dtype(x.dtype))
+    grid = (row_blocks * triton.cdiv(F, meta["BLOCK_F"]),)
+    with launch.on(x.device):
+        _backward_kernel[grid](
+            dout_rows, rows, bias, dx, partial, rows.shape[0], F, dout_rows.stride(0), rows.stride(0), **meta
+        )
+    return dx, partial.sum(0).to(bias.dtype)
+
+
+@_backward.register_fake
+def _(dout, x, bias):
+    return contiguous_like(x), torch.empty_like(bias, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd_backward(ctx, dout):
+    dx, dbias = _backward(dout, *ctx.saved_tensors)
+    return dx if ctx.needs_input_grad[0] else None, dbias if ctx.needs_input_grad[1] else None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """GELU(x + bias), tanh form, in Triton: `plain.bias_gelu`.
+
+    x: (..., F) float, any strides. bias: (F,) float, whose dtype may differ. Returns (..., F) in x's dtype, contiguous.
+    Raises ValueError for a bias of another shape, or tensors on which Triton cannot run.
+    """
+    launch.require_device("bias_gelu", x, bias)
+    if x.dim() == 0 or bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"bias_gelu: bias {tuple(bias.shape)} must be one vector as long as x's last dim, x {tuple(x.shape)}"
+        )
+    return _forward(x, bias.contiguous())
+
+
+def audit_cases(arch: str) -> list[launch.AuditCase]:
+    """The launches at bf16, float32 bias, and F divisible by 16."""
+    cases = []
+    for name, fn, tensors in (
+        ("bias_gelu_forward", _forward_kernel, {"x_ptr": "*bf16:16", "bias_ptr": "*fp32:16", "out_ptr": "*bf16:16"}),
+        (
+            "bias_gelu_backward",
+            _backward_kernel,
+            {"dout_ptr": "*bf16:16", "x_ptr": "*bf16:16", "bias_ptr": "*fp32:16", "dx_ptr": "*bf16:16"}
+            | {"partial_ptr": "*fp32:16", "stride_dout": "i32:16"},
+        ),
+    ):
+        constexprs = launch.lookup(name, arch)
+        warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
+        signature = tensors | {"N": "i32:16", "F": "i32:16", "stride_x": "i32:16"}
+        cases.append(launch.AuditCase(name, fn, signature, constexprs, warps, stages, min_bound=1.0))
+    return cases
