@@ -6,11 +6,11 @@ hides. All of it reaches into `triton.runtime.interpreter`, whose internals are 
 as used here.
 """
 
-from tests.kernels.interpreter import bfloat16, device_calls, overflow
+from tests.kernels.interpreter import bfloat16, launches, overflow
 
 
 def mend() -> None:
     """Mend the interpreter of this process, once, before a kernel runs. TRITON_INTERPRET=1 must be set by then."""
     bfloat16.install()
     overflow.install()
-    device_calls.install()
+    launches.install()

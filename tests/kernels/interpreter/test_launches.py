@@ -25,3 +25,15 @@ def test_a_launch_leaves_triton_as_it_was():
         _sums[(1,)](x, out, 4, 8)
         torch.testing.assert_close(out, x.sum(1))
     assert before == (dict(vars(tl.core)), dict(vars(tl)), dict(vars(tl.tensor)), dict(vars(tl.math)))
+
+
+@triton.jit
+def _reciprocals(X, OUT, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(OUT + at, 1.0 / tl.load(X + at))
+
+
+def test_floating_point_exceptions_are_silent(recwarn):
+    out = torch.zeros(2)
+    _reciprocals[(1,)](torch.tensor([0.0, 2.0]), out, 2)
+    assert out.tolist() == [float("inf"), 0.5] and not recwarn.list
