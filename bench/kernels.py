@@ -64,8 +64,7 @@ def run_measurements(args) -> int:
     for op in dict.fromkeys(workload.op for workload in chosen):
         of_op = []
         for workload in (workload for workload in chosen if workload.op == op):
-            seconds = 0.4 if args.quick else 2.0
-            of_op += measure.measure(workload, device, dtype, roofline, seconds, not args.no_compile)
+            of_op += measure.measure(workload, device, dtype, roofline, args.quick, not args.no_compile)
         print(f"\n{op}\n{results.table(of_op)}", flush=True)
         found += of_op
     if args.json:

@@ -62,14 +62,15 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
     roofline: Roofline,
-    seconds: float,
+    quick: bool,
     compiled: bool = True,
 ) -> list[Result]:
-    """Results in the order of `implementations`; each pass is timed for about `seconds`."""
+    """Results in the order of `implementations`; each pass is timed for seconds, or half of one."""
     torch.compiler.reset()
     inputs = place(workload.inputs(torch.Generator().manual_seed(0), dtype), device)
     candidates = implementations(workload, device, compiled)
     judge = Judge(workload, inputs, dtype)
+    seconds, rounds = (0.4, (3, 50)) if quick else (2.0, (7, 200))
     cotangents = None
     results, sound = [], {}
     for name, call in candidates.items():
@@ -90,7 +91,7 @@ def measure(
             continue
         sound[name] = passes
     for pass_name in PASSES:
-        timings = in_turns({name: passes[pass_name] for name, passes in sound.items()}, device, seconds)
+        timings = in_turns({name: passes[pass_name] for name, passes in sound.items()}, device, seconds, rounds)
         ideal = _ideal_seconds(workload, dtype.itemsize, roofline)[pass_name]
         for result in results:
             if timing := timings.get(result.implementation):

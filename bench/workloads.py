@@ -202,17 +202,17 @@ def on_gpu(quick: bool) -> list[Workload]:
 def on_cpu(quick: bool) -> list[Workload]:
     """What a laptop trains: 6 layers 384 wide, and 12 layers 768 wide; a thousand or two tokens a step."""
     work = [attention("H=6 D=64", 2048 // T, 6, T, 64) for T in ((256, 1024) if quick else (256, 512, 1024, 2048))]
-    work += [attention("H=6 D=64 dropout", 8, 6, T, 64, 0.1) for T in ((256,) if quick else (256, 512))]
+    work += [attention("H=6 D=64 dropout", 2, 6, T, 64, 0.1) for T in ((256,) if quick else (256, 512))]
     work += [attention("H=12 D=64", 1, 12, T, 64) for T in (() if quick else (512, 1024))]
     widths = (384, 768) if quick else (384, 768, 1024)
     work += [bias_gelu("2k tokens", 2048, 4 * C) for C in widths]
     work += [layer_norm("2k tokens", 2048, C) for C in widths]
-    work += [dropout("2k tokens", 8, 256, C) for C in widths]
+    work += [dropout("1k tokens", 4, 256, C) for C in widths[: 1 if quick else 3]]
     work += [route(f"E={E} K=2", 2048, E, 2) for E in ((8,) if quick else (8, 64))]
     balances = ("balanced", "one-hot") if quick else ("balanced", "skewed", "one-hot")
     for balance in balances:
         for E in (8,) if quick else (8, 64):
             work += [expert_mlp("C=384 F=1536", N, 384, 1536, E, balance) for N in (512, 2048)[: 1 if quick else 2]]
-    work += [linear_cross_entropy("C=384", N, 384) for N in ((512, 1024) if quick else (512, 1024, 2048))]
+    work += [linear_cross_entropy("C=384", N, 384) for N in ((256, 512) if quick else (512, 1024, 2048))]
     work += [linear_cross_entropy("C=768", N, 768) for N in (() if quick else (1024,))]
     return work
