@@ -21,6 +21,8 @@ CONFIG = parse_args() if __name__ == "__main__" else None
 import json
 import math
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -29,11 +31,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from heiretsu.data.batches import TokenDataset, open_data
+from heiretsu.data.folder import tokenizer_of
 from heiretsu.data.tokenizer import load_tokenizer
 from heiretsu.kernels import fused, plain
 from heiretsu.model.build import build_engine, count_parameters
 from heiretsu.model.generate import generate
-from heiretsu.model.gpt import GPT
+from heiretsu.parallel import checkpoint
+from heiretsu.parallel.collectives import all_reduce
 from heiretsu.parallel.engine import Engine, StepReport
 from heiretsu.parallel.mesh import Mesh, make_mesh
 from heiretsu.parallel.pipeline import Microbatch
@@ -42,6 +46,9 @@ from heiretsu.parallel.pipeline import Microbatch
 def main(config: RunConfig) -> None:
     try:
         device = find_device(config)
+        resume_from = find_checkpoint(config)
+        if config.tokenizer is None:
+            config = config.with_tokenizer(tokenizer_of(config.data_dir))
         train_data, val_data = open_data(
             config.data_dir,
             config.model.block_size,
@@ -49,6 +56,8 @@ def main(config: RunConfig) -> None:
             config.model.vocab_size,
             config.num_train_chunks,
             config.num_val_chunks,
+            config.tokenizer,
+            config.vocab_dir,
         )
     except ValueError as error:
         refuse(error)
@@ -57,7 +66,8 @@ def main(config: RunConfig) -> None:
     try:
         mesh = make_mesh(config.dp, config.ep, config.pp, config.tp, device)
         engine = build_engine(config, mesh, fused if config.fused else plain)
-        train(config, mesh, engine, train_data, val_data)
+        first_step = 0 if resume_from is None else resume(config, engine, resume_from)
+        train(config, mesh, engine, train_data, val_data, first_step)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -85,12 +95,42 @@ def find_device(config: RunConfig) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def train(config: RunConfig, mesh: Mesh, engine: Engine, train_data: TokenDataset, val_data: TokenDataset) -> None:
-    """The loop: a step, its log line, and now and then an evaluation."""
+def find_checkpoint(config: RunConfig) -> Path | None:
+    """What --resume names: a checkpoint, the newest in a folder of them, or for `auto` in --checkpoint_dir."""
+    if config.resume == "none":
+        return None
+    if config.resume == "auto":
+        return (checkpoint.complete(config.checkpoint_dir) or [None])[-1]
+    path = (checkpoint.complete(config.resume) or [Path(config.resume)])[-1]
+    checkpoint.read_run(path)
+    return path
+
+
+def resume(config: RunConfig, engine: Engine, path: Path) -> int:
+    """Load a checkpoint into the engine; the step to go on with."""
+    try:
+        first_step = checkpoint.load(path, engine, json.loads(config.to_json()))
+    except ValueError as error:
+        refuse(error)
+    if engine.mesh.rank == 0:
+        print(f"resumed {path}: {first_step} of {config.max_iters} steps are done", flush=True)
+    return first_step
+
+
+def train(
+    config: RunConfig,
+    mesh: Mesh,
+    engine: Engine,
+    train_data: TokenDataset,
+    val_data: TokenDataset,
+    first_step: int = 0,
+) -> None:
+    """The loop: a step, its log line, and now and then an evaluation or a checkpoint."""
     if mesh.rank == 0:
         print(describe(config, mesh, train_data), flush=True)
-    log = RunLog(config, mesh)
-    for step in range(config.max_iters):
+    tokenizer = find_tokenizer(config, mesh)  # now, so that nothing is learned at the end of a long run
+    log, stop = RunLog(config, mesh, first_step), StopSignal(mesh)
+    for step in range(first_step, config.max_iters):
         began = time.perf_counter()
         lr = learning_rate(config, step)
         for group in engine.optimizer.param_groups:
@@ -103,9 +143,33 @@ def train(config: RunConfig, mesh: Mesh, engine: Engine, train_data: TokenDatase
         if config.eval_interval and ((step + 1) % config.eval_interval == 0 or last):
             record |= evaluate(config, mesh, engine, val_data)
         log.write(record, report)
+        stopped = config.checkpoint_dir is not None and stop.asked()
+        if stopped or (config.save_interval and ((step + 1) % config.save_interval == 0 or last)):
+            path = checkpoint.save(config.checkpoint_dir, step + 1, engine, json.loads(config.to_json()), config.keep)
+            log.say(f"saved {path}")
+        if stopped:
+            log.say("stopped by SIGTERM: go on with --resume auto")
+            break
     log.close()
-    if config.sample_tokens and mesh.world.size == 1:
-        print(sample(config, engine), flush=True)
+    if tokenizer is not None and not stop.received:
+        print(sample(config, engine, tokenizer), flush=True)
+
+
+class StopSignal:
+    """SIGTERM, which a cluster sends before it takes a machine away: asked for by one rank, answered by all."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh, self.received = mesh, False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_) -> None:
+        self.received = True
+
+    def asked(self) -> bool:
+        """True on every rank once any rank has received it. A collective: all ranks ask after the same step."""
+        flag = torch.tensor(float(self.received), device=self.mesh.device)
+        return bool(all_reduce(flag, self.mesh.world) > 0)
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -169,16 +233,16 @@ def describe(config: RunConfig, mesh: Mesh, data: TokenDataset) -> str:
 class RunLog:
     """Where the numbers of a run go: the terminal, --log_file and wandb. Only rank 0 writes."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh):
+    def __init__(self, config: RunConfig, mesh: Mesh, first_step: int = 0):
         self.config, self.writes = config, mesh.rank == 0
         self.file = self.bar = self.run = None
         if not self.writes:
             return
         if config.log_file:
             Path(config.log_file).parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(config.log_file, "w", buffering=1)
+            self.file = open(config.log_file, "a" if first_step else "w", buffering=1)
         if sys.stderr.isatty():
-            self.bar = tqdm(total=config.max_iters, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=config.max_iters, initial=first_step, unit="step", dynamic_ncols=True)
         if config.wandb:
             import wandb  # only those who ask for it need it
 
@@ -206,7 +270,11 @@ class RunLog:
         step, every = record["step"] + 1, max(1, self.config.max_iters // 20)
         if skipped or evaluated or (self.bar is None and (step % every == 0 or step == 1)):
             total = str(self.config.max_iters)
-            line = f"step {step:>{len(total)}}/{total}: {brief}{evaluated}{skipped}"
+            self.say(f"step {step:>{len(total)}}/{total}: {brief}{evaluated}{skipped}")
+
+    def say(self, line: str) -> None:
+        """A line on the terminal, above the progress bar where there is one."""
+        if self.writes:
             tqdm.write(line) if self.bar is not None else print(line, flush=True)
 
     def close(self) -> None:
@@ -226,12 +294,20 @@ def expert_loads(report: StepReport) -> dict[str, float]:
     return {f"expert_load/layer{i}/expert{e}": share for i, row in rows for e, share in enumerate(row)}
 
 
-def sample(config: RunConfig, engine: Engine) -> str:
+def find_tokenizer(config: RunConfig, mesh: Mesh):
+    """What turns the sample at the end into text; None where there is to be none, or where it cannot be had."""
+    if not config.sample_tokens or mesh.world.size > 1:
+        return None
+    try:
+        return load_tokenizer(config.tokenizer, config.vocab_dir)
+    except ValueError as error:
+        print(f"there will be no sample at the end: {error}", flush=True)
+        return None
+
+
+def sample(config: RunConfig, engine: Engine, tokenizer) -> str:
     """A piece of text by the trained model, after an end-of-text."""
-    tokenizer = load_tokenizer(config.tokenizer, config.vocab_dir)
-    model = engine.chunks[0]
-    assert isinstance(model, GPT)
-    tokens = generate(model, [tokenizer.eot_token], config.sample_tokens, temperature=0.8, seed=config.seed)
+    tokens = generate(engine.chunks[0], [tokenizer.eot_token], config.sample_tokens, temperature=0.8, seed=config.seed)
     return "--- sample ---\n" + tokenizer.decode(list(tokens)) + "\n---"
 
 

@@ -22,12 +22,15 @@ VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole training run. model: its sizes. The other fields are the flags of the same names."""
+    """A whole training run. model: its sizes. The other fields are the flags of the same names.
+
+    tokenizer: None until the folder of --data_dir has been asked (`with_tokenizer`).
+    """
 
     model: ModelConfig
     preset: str
     data_dir: str | None
-    tokenizer: str
+    tokenizer: str | None
     vocab_dir: str | None
     num_train_chunks: int | None
     num_val_chunks: int | None
@@ -79,6 +82,9 @@ class RunConfig:
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.model.block_size
 
+    def with_tokenizer(self, name: str) -> RunConfig:
+        return replace(self, tokenizer=name, model=replace(self.model, vocab_size=VOCAB_SIZES[name]))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -89,8 +95,9 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int | None = None)
     world_size: processes that were started; what torchrun says unless given.
     """
     flags = vars(_parser().parse_args(argv))
-    flags["tokenizer"] = flags["tokenizer"] or _tokenizer_of(flags["data_dir"])
-    sizes = {**PRESETS[flags["preset"]], "vocab_size": VOCAB_SIZES[flags["tokenizer"]]}
+    if flags["tokenizer"] is None and flags["data_dir"] is None:
+        flags["tokenizer"] = "bytes"
+    sizes = {**PRESETS[flags["preset"]], "vocab_size": VOCAB_SIZES[flags["tokenizer"] or "gpt2"]}
     for name in ModelConfig.__dataclass_fields__:
         value = flags.pop(name, None)
         if value is not None:
@@ -122,17 +129,6 @@ class _OneLineParser(argparse.ArgumentParser):
         refuse(f"{message} (see train.py --help)")
 
 
-def _tokenizer_of(data_dir: str | None) -> str:
-    """bytes for the embedded corpus; else what data/prepare.py noted in the folder, or gpt2."""
-    if data_dir is None:
-        return "bytes"
-    try:
-        with open(os.path.join(data_dir, "meta.json")) as file:
-            return json.load(file)["tokenizer"]
-    except (OSError, ValueError, KeyError):  # FineWeb's shards come without; what is wrong is said when they are opened
-        return "gpt2"
-
-
 def check(config: RunConfig, world_size: int) -> None:
     """Raise ValueError, in the words of the flags, for a combination that cannot run."""
     _check_ranges(config)
@@ -146,6 +142,8 @@ def check(config: RunConfig, world_size: int) -> None:
         raise ValueError(f"--min_lr {config.min_lr} is above --learning_rate {config.learning_rate}")
     if config.warmup_iters > config.max_iters:
         raise ValueError(f"--warmup_iters {config.warmup_iters} is more than --max_iters {config.max_iters}")
+    if config.resume == "auto" and config.checkpoint_dir is None:
+        raise ValueError("--resume auto looks in --checkpoint_dir, which is not given")
     if config.data_dir is not None and not os.path.isdir(config.data_dir):
         raise ValueError(f"--data_dir {config.data_dir}: there is no such directory (data/prepare.py makes one)")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXIS_NAMES = ("dp", "ep", "pp", "tp")  # slowest to fastest: rank = ((dp * ep + ep_i) * pp + pp_i) * tp + tp_i
 
@@ -45,6 +45,7 @@ class Mesh:
     pp_back: Axis
     world: Axis
     device: torch.device
+    device_mesh: DeviceMesh | None = None  # dp x ep x pp x tp; None without process groups
 
     @property
     def rank(self) -> int:
@@ -101,6 +102,7 @@ def make_mesh(dp: int = 1, ep: int = 1, pp: int = 1, tp: int = 1, device: str | 
         ends=new_groups("ends"),
         pp_back=new_groups("pp_back"),
         device=device,
+        device_mesh=device_mesh,
     )
 
 

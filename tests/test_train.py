@@ -103,6 +103,8 @@ REFUSED = {
     "amp on a CPU": ("--amp fp16 --device cpu", "--amp bf16"),
     "amp with float64": ("--amp bf16 --dtype float64", "--dtype float64"),
     "data_dir": ("--data_dir /nowhere", "/nowhere"),
+    "nothing to resume": ("--resume auto", "--checkpoint_dir"),
+    "save interval": ("--save_interval -1", "--save_interval -1 must be at least 0"),
     "learning rates": ("--learning_rate 1e-4 --min_lr 1e-3", "--min_lr 0.001 is above --learning_rate 0.0001"),
     "dropout": ("--dropout 1", "--dropout 1.0 must be in [0, 1)"),
     "betas": ("--betas 0.9 1", "--betas 0.9 1.0"),
@@ -189,6 +191,23 @@ def test_bad_data_ends_every_rank(tmp_path):
     statuses, _, err = finish(start([*arguments, "--dp", "2", "--log_file", str(tmp_path / "log")], ranks=2))
     assert statuses == [1] and err.count("not a token shard") == 1
     assert not (tmp_path / "log").exists()
+
+
+def test_sigterm_finishes_the_step_saves_and_resume_goes_on(tmp_path):
+    arguments = [*EXACT, "--checkpoint_dir", str(tmp_path / "checkpoints"), "--sample_tokens", "0"]
+    endless = [*arguments, "--max_iters", "1000000", "--eval_interval", "0", "--log_file", str(tmp_path / "a.jsonl")]
+    (process,) = start(endless)
+    while not (tmp_path / "a.jsonl").exists() or len((tmp_path / "a.jsonl").read_text().splitlines()) < 3:
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()
+    process.terminate()
+    statuses, out, err = finish([process])
+    assert statuses == [0] and "stopped by SIGTERM" in out, out + err
+    done = len((tmp_path / "a.jsonl").read_text().splitlines())
+    log = log_of(tmp_path, "a", [*arguments, "--max_iters", str(done + 2), "--resume", "auto"])
+    assert [record["step"] for record in log] == list(range(done + 2))
+    straight = log_of(tmp_path, "b", [*EXACT, "--max_iters", str(done + 2)])
+    assert [record["loss"] for record in log] == [record["loss"] for record in straight]
 
 
 def test_wandb_offline_writes_a_run(tmp_path):

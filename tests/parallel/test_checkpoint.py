@@ -1,0 +1,110 @@
+"""A checkpoint continues the run: bit for bit on the same mesh, to 1e-9 on any other, and never half of it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+import train as train_script
+from heiretsu.kernels import plain
+from heiretsu.model.build import build_engine
+from heiretsu.parallel import checkpoint
+from heiretsu.parallel.mesh import abstract_mesh
+from tests.training import DENSE, MIXTURE, Trace, dataset, failures, pieces, run_config, single_process
+
+BEFORE, AFTER, TOLERANCE = 3, 3, 1e-9
+MESHES = {"one": {}, "dp2xtp2": {"dp": 2, "tp": 2}, "pp2xep2": {"pp": 2, "ep": 2}, "tp4": {"tp": 4}}
+
+
+def steps(mesh, config, first, stop, folder, load, save):
+    """Run steps first..stop-1, from a checkpoint if `load`, to one if `save`."""
+    engine = build_engine(config, mesh, plain)
+    as_json = json.loads(config.to_json())
+    if load:
+        assert checkpoint.load(checkpoint.complete(folder)[-1], engine, as_json) == first
+    data = dataset(config.model.vocab_size, config.model.block_size)
+    trace = Trace()
+    for step in range(first, stop):
+        report = engine.step(train_script.read_batches(config, mesh, data, step))
+        trace.losses.append(report.loss)
+        trace.grad_norms.append(report.grad_norm)
+    if save:
+        checkpoint.save(folder, stop, engine, as_json, keep=2)
+    trace.params = pieces(engine, {name: param.detach() for name, param in engine.params.items()})
+    return trace
+
+
+def config_on(mesh: dict):
+    return run_config(MIXTURE, microbatches=2, **mesh)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The run that was never interrupted, on one process."""
+    return single_process(config_on({}), BEFORE + AFTER)
+
+
+@pytest.mark.parametrize(
+    "saved_on, resumed_on",
+    [("dp2xtp2", "pp2xep2"), ("pp2xep2", "one"), ("one", "tp4"), ("tp4", "dp2xtp2")],
+)
+def test_a_run_saved_on_one_mesh_goes_on_on_another(ranks, tmp_path, whole, saved_on, resumed_on):
+    ranks(steps, config_on(MESHES[saved_on]), 0, BEFORE, tmp_path, False, True, **MESHES[saved_on])
+    traces = ranks(
+        steps, config_on(MESHES[resumed_on]), BEFORE, BEFORE + AFTER, tmp_path, True, False, **MESHES[resumed_on]
+    )
+    expected = Trace(losses=whole.losses[BEFORE:], grad_norms=whole.grad_norms[BEFORE:], params=whole.params)
+    assert failures(traces, expected, TOLERANCE) == {}
+
+
+@pytest.mark.parametrize("mesh", ["one", "dp2xtp2", "pp2xep2"])
+def test_resuming_on_the_same_mesh_changes_no_bit(ranks, tmp_path, mesh):
+    config, sizes = config_on(MESHES[mesh]), MESHES[mesh]
+    straight = ranks(steps, config, 0, BEFORE + AFTER, tmp_path, False, False, **sizes)
+    ranks(steps, config, 0, BEFORE, tmp_path, False, True, **sizes)
+    resumed = ranks(steps, config, BEFORE, BEFORE + AFTER, tmp_path, True, False, **sizes)
+    for ours, theirs in zip(resumed, straight, strict=True):
+        assert ours.losses == theirs.losses[BEFORE:]
+        for name, (_, _, values) in theirs.params.items():
+            assert (ours.params[name][2] == values).all(), name
+
+
+def saved(tmp_path, step=1, keep=9):
+    config = config_on({})
+    engine = build_engine(config, abstract_mesh(), plain)
+    engine.step(train_script.read_batches(config, abstract_mesh(), dataset(67, 8), 0))
+    return engine, config, checkpoint.save(tmp_path, step, engine, json.loads(config.to_json()), keep)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        saved(tmp_path, step, keep=2)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
+def test_a_save_that_dies_leaves_the_earlier_one_chosen(tmp_path, monkeypatch):
+    _, _, earlier = saved(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path, 2)
+    assert checkpoint.complete(tmp_path) == [earlier]
+
+
+def test_a_torn_checkpoint_is_refused_by_name(tmp_path):
+    engine, config, path = saved(tmp_path)
+    (path / ".metadata").unlink()
+    assert checkpoint.complete(tmp_path) == []
+    with pytest.raises(ValueError, match="step_00000001: not a complete checkpoint: .metadata missing"):
+        checkpoint.load(path, engine, json.loads(config.to_json()))
+    shutil.rmtree(path)
+    with pytest.raises(ValueError, match="there is no such checkpoint"):
+        checkpoint.load(path, engine, json.loads(config.to_json()))
+
+
+def test_another_model_is_refused_with_what_differs(tmp_path):
+    _, _, path = saved(tmp_path)
+    config = run_config(replace(DENSE, n_layer=2))
+    engine = build_engine(config, abstract_mesh(), plain)
+    with pytest.raises(ValueError, match=r"another model: n_layer 4 \(this run: 2\), num_experts 4 \(this run: 0\)"):
+        checkpoint.load(path, engine, json.loads(config.to_json()))
