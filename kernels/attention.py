@@ -1,7 +1,8 @@
 """Attention as Triton kernels: the operator, its gradient and its public functions.
 
-The kernels are in attention_forward.py and attention_backward.py, which say what they compute and cost; `plain.attention_lse`
-is the specification. Memory beyond the inputs: out, lse, and in the backward the gradients and two floats a row.
+The kernels are in attention_forward.py and attention_backward.py, which say what they compute and cost;
+`plain.attention_lse` is the specification. Memory beyond the inputs: out, lse, and in the backward the gradients and
+two floats a row.
 float32, float16 and bfloat16 on a GPU; float64 in the interpreter as well.
 """
 
@@ -9,11 +10,14 @@ import torch
 
 from heiretsu.kernels import attention_backward, attention_forward, launch
 from heiretsu.kernels.attention_arguments import Dropout, check
+from heiretsu.kernels.attention_tiles import block_d
 
 
 @torch.library.custom_op("heiretsu::attention", mutates_args=())
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, dropout_p: float, seed: int,
-               batch_offset: int, head_offset: int) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, dropout_p: float, seed: int,
+    batch_offset: int, head_offset: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     if q.numel() == 0 or k.numel() == 0:
         out, lse = _attention_fake(q, k, v, causal, scale, dropout_p, seed, batch_offset, head_offset)
         return out.zero_(), lse.fill_(-torch.inf)
@@ -28,10 +32,11 @@ def _attention_fake(q, k, v, causal, scale, dropout_p, seed, batch_offset, head_
 
 
 @torch.library.custom_op("heiretsu::attention_backward", mutates_args=())
-def _attention_backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                        out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float, dropout_p: float, seed: int,
-                        batch_offset: int, head_offset: int, need_dq: bool, need_dkdv: bool,
-                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+def _attention_backward(
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float, dropout_p: float, seed: int,
+    batch_offset: int, head_offset: int, need_dq: bool, need_dkdv: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv; an empty tensor for one that is not needed."""
     if q.numel() == 0 or k.numel() == 0:
         fakes = _attention_backward_fake(dout, dlse, q, k, v, out, lse, causal, scale, dropout_p, seed, batch_offset,
@@ -90,6 +95,33 @@ def attention(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=(
     return attention_lse(q, k, v, causal, scale, dropout_p, seed, offsets)[0]
 
 
+# {kernel: (function, matrix products a block, bf16 pointers, float32 pointers, operands with strides)}; of an operand
+# "qt" the batch, heads and length strides are stride_qb, stride_qh and stride_qt, and the head dim's is 1.
+_AUDITED = {
+    "attention_forward": (attention_forward._forward_kernel, 2, "q k v out", "lse", "qt ks vs"),
+    "attention_delta": (attention_backward._delta_kernel, 0, "out dout", "lse delta lse_log2", "ot"),
+    "attention_dkdv": (attention_backward._dkdv_kernel, 4, "q k v dout dk dv", "lse_log2 delta", "qt ks vs ot"),
+    "attention_dq": (attention_backward._dq_kernel, 3, "q k v dout dq", "lse_log2 delta", "qt ks vs ot"),
+}
+
+
 def audit_cases(arch) -> list[launch.AuditCase]:
-    """The launches of architecture class `arch` at bf16, causal, head dims 64, 128 and 256, on views of a fused projection."""
-    return [*attention_forward.audit_cases(arch), *attention_backward.audit_cases(arch)]
+    """The launches of architecture class `arch`: bf16, causal, D 64, 128 and 256, on views of a fused projection."""
+    return [_audit_case(arch, kernel, D) for kernel in _AUDITED for D in (64, 128, 256)]
+
+
+def _audit_case(arch, kernel, D):
+    function, products, halves, floats, operands = _AUDITED[kernel]
+    signature = {f"{name}_ptr": "*bf16:16" for name in halves.split()}
+    signature |= {f"{name}_ptr": "*fp32:16" for name in floats.split()}
+    signature |= {f"stride_{name[0]}{dim}": "i32:16" for name in operands.split() for dim in ("b", "h", name[1])}
+    blocks = launch.lookup(kernel, arch, D)
+    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+    constexprs = {f"stride_{name[0]}d": 1 for name in operands.split()} | {"D": D, "BLOCK_D": block_d(D)} | blocks
+    if kernel == "attention_delta":
+        signature |= dict.fromkeys(("stride_lb", "stride_lh", "stride_lt", "H", "T"), "i32")
+        return launch.AuditCase(f"{kernel} D{D}", function, signature, constexprs | {"dlse_ptr": None}, **options)
+    signature |= dict.fromkeys(("H", "T", "S", "batch_offset", "head_offset"), "i32") | {"seed": "i64"}
+    constexprs |= dict(GROUP=1, CAUSAL=True, SCALE=D**-0.5, DROP_BELOW=0, KEEP_SCALE=1.0)
+    loop_flops = 2 * products * blocks["BLOCK_M"] * blocks["BLOCK_N"] * block_d(D)
+    return launch.AuditCase(f"{kernel} D{D}", function, signature, constexprs, **options, loop_flops=loop_flops)

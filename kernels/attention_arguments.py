@@ -10,7 +10,7 @@ LARGEST_HEAD_DIM = 256
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Dropout of attention probabilities: p, the seed as a signed 64-bit number, and the global (batch, head) of element 0."""
+    """Dropout of attention probabilities: p, the seed as a signed 64-bit number, global (batch, head) of element 0."""
 
     p: float
     seed: int = 0

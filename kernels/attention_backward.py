@@ -1,7 +1,7 @@
 """Attention, backward pass (Dao 2023, "FlashAttention-2", arXiv:2307.08691, algorithm 2, in two passes).
 
-Nothing of size (T, S) is stored: both passes recompute the probabilities p = 2^(s - lse log2(e)) from q, k and lse, with
-s = q k^T * scale * log2(e). With delta = rowsum(dout * out) - dlse,
+Nothing of size (T, S) is stored: both passes recompute the probabilities p = 2^(s - lse log2(e)) from q, k and lse,
+with s = q k^T * scale * log2(e). With delta = rowsum(dout * out) - dlse,
 
     dv = p^T dout,   dp = dout v^T,   ds = p * (dp - delta),   dq = scale * ds k,   dk = scale * ds^T q.
 
@@ -54,10 +54,12 @@ def _delta_kernel(
 
 
 @triton.jit
-def _dkdv_of_queries(dk, dv, k, v, q_ptr, dout_ptr, lse_log2_ptr, delta_ptr, stride_qt, stride_qd, stride_ot, stride_od,
-                     start, end, num_diagonal, tail, first_key, T, shift, seed, head, batch, MASKED: tl.constexpr,
-                     CAUSAL: tl.constexpr, SCALE_LOG2: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
-                     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _dkdv_of_queries(
+    dk, dv, k, v, q_ptr, dout_ptr, lse_log2_ptr, delta_ptr, stride_qt, stride_qd, stride_ot, stride_od, start, end,
+    num_diagonal, tail, first_key, T, shift, seed, head, batch, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    SCALE_LOG2: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Add what query blocks start .. end-1 give to dk (still without the scale) and dv (without KEEP_SCALE).
 
     Works on transposed tiles (keys, queries), so that p and ds are left operands as they come out of the registers.
@@ -140,14 +142,14 @@ def _dkdv_kernel(
         dout_head = dout_ptr + batch * stride_ob + head * stride_oh
         at = (batch * H + head) * T
         dk, dv = _dkdv_of_queries(
-            dk, dv, k, v, q_head, dout_head, lse_log2_ptr + at, delta_ptr + at, stride_qt, stride_qd, stride_ot, stride_od,
-            first_block, masked_end, num_diagonal, whole, first_key, T, shift, seed, h + head_offset, b + batch_offset,
-            True, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            dk, dv, k, v, q_head, dout_head, lse_log2_ptr + at, delta_ptr + at, stride_qt, stride_qd, stride_ot,
+            stride_od, first_block, masked_end, num_diagonal, whole, first_key, T, shift, seed, h + head_offset,
+            b + batch_offset, True, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         dk, dv = _dkdv_of_queries(
-            dk, dv, k, v, q_head, dout_head, lse_log2_ptr + at, delta_ptr + at, stride_qt, stride_qd, stride_ot, stride_od,
-            unmasked, whole, num_diagonal, whole, first_key, T, shift, seed, h + head_offset, b + batch_offset,
-            False, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            dk, dv, k, v, q_head, dout_head, lse_log2_ptr + at, delta_ptr + at, stride_qt, stride_qd, stride_ot,
+            stride_od, unmasked, whole, num_diagonal, whole, first_key, T, shift, seed, h + head_offset,
+            b + batch_offset, False, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     at = (batch * S * num_key_heads + kv) * D
     store_rows(dk_ptr + at, dk * SCALE, first_key, S, num_key_heads * D, BLOCK_N, D, BLOCK_D)
@@ -155,10 +157,11 @@ def _dkdv_kernel(
 
 
 @triton.jit
-def _dq_of_keys(dq, q, dout, lse_log2, delta, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, start, end, rows,
-                S, shift, seed, head, batch, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SCALE_LOG2: tl.constexpr,
-                DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_D: tl.constexpr):  # fmt: skip
+def _dq_of_keys(
+    dq, q, dout, lse_log2, delta, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, start, end, rows, S, shift,
+    seed, head, batch, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SCALE_LOG2: tl.constexpr, DROP_BELOW: tl.constexpr,
+    KEEP_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Add what keys start .. end-1 give to dq (still without the scale)."""
     for n in range(start, end, BLOCK_N):
         k = load_rows(k_ptr, n, S, stride_ks, stride_kd, BLOCK_N, MASKED, D, BLOCK_D)
@@ -221,12 +224,14 @@ def _dq_kernel(
     whole = seen_by_all // BLOCK_N * BLOCK_N
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype)
     dq = _dq_of_keys(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, 0, whole, rows, S, shift,
-        seed, h + head_offset, b + batch_offset, False, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE, D, BLOCK_N, BLOCK_D,
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, 0, whole, rows, S,
+        shift, seed, h + head_offset, b + batch_offset, False, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE,
+        D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _dq_of_keys(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, whole, end, rows, S, shift,
-        seed, h + head_offset, b + batch_offset, True, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE, D, BLOCK_N, BLOCK_D,
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, whole, end, rows, S,
+        shift, seed, h + head_offset, b + batch_offset, True, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE,
+        D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     store_rows(dq_ptr + (batch * T * H + head) * D, dq * SCALE, first, T, H * D, BLOCK_M, D, BLOCK_D)
 

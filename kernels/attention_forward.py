@@ -22,9 +22,11 @@ from heiretsu.kernels.attention_tiles import LN_2, LOG2_E, block_d, dot, dot_add
 
 
 @triton.jit
-def _attend(acc, row_max, row_sum, q, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, start, end, rows, S, shift,
-            seed, head, batch, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SCALE_LOG2: tl.constexpr,
-            DROP_BELOW: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _attend(
+    acc, row_max, row_sum, q, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, start, end, rows, S, shift,
+    seed, head, batch, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SCALE_LOG2: tl.constexpr, DROP_BELOW: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Fold keys start .. end-1 into (acc, row_max, row_sum)."""
     for n in range(start, end, BLOCK_N):
         k = load_rows(k_ptr, n, S, stride_ks, stride_kd, BLOCK_N, MASKED, D, BLOCK_D)

@@ -13,9 +13,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def load_rows(pointer, start, limit, stride_row, stride_dim, ROWS: tl.constexpr, MASKED: tl.constexpr,
               D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Rows start .. start+ROWS-1 of a (limit, D) matrix, (ROWS, BLOCK_D). Outside the matrix 0; rows beyond limit only if MASKED.
+    """Rows start .. start+ROWS-1 of a (limit, D) matrix, (ROWS, BLOCK_D), 0 outside the matrix.
 
-    Offsets are int64; the part that a loop over `start` does not change is computed once.
+    Without MASKED all rows must lie below limit. Offsets are int64; what a loop over `start` leaves as it is, is
+    computed once.
     """
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_D)
@@ -53,7 +54,7 @@ def dot_add(acc, a, b):
 
 @triton.jit
 def keep_mask(keys, queries, head, batch, seed, THRESHOLD: tl.constexpr):
-    """Dropout's keep mask at global coordinates: `random.attention_keep_mask`, bit for bit. keys and queries broadcast."""
+    """Keep mask at global coordinates: `random.attention_keep_mask`, bit for bit. keys and queries broadcast."""
     bits, _, _, _ = tl.philox(seed, keys, queries, head, batch)
     return bits >= THRESHOLD
 
@@ -61,16 +62,3 @@ def keep_mask(keys, queries, head, batch, seed, THRESHOLD: tl.constexpr):
 def block_d(D: int) -> int:
     """Width of a tile over the head dim: tl.dot takes powers of two from 16 on."""
     return max(16, triton.next_power_of_2(D))
-
-
-def audit_strides(*letters: str) -> tuple[dict, dict]:
-    """Types of the stride arguments of (batch, heads, length, D) operands, as a fused projection has them: the head dim
-    has stride 1, the others are divisible by 16. Returns (signature, constexprs); a letter pair names the operand and
-    its length ("qt": stride_qb, stride_qh, stride_qt, stride_qd)."""
-    signature = {f"stride_{name[0]}{dim}": "i32:16" for name in letters for dim in ("b", "h", name[1])}
-    return signature, {f"stride_{name[0]}d": 1 for name in letters}
-
-
-def audit_options(D: int, block_d: int) -> dict:
-    """Constexprs of an audited launch: causal, one query head a key head, no dropout."""
-    return dict(GROUP=1, CAUSAL=True, SCALE=D**-0.5, DROP_BELOW=0, KEEP_SCALE=1.0, D=D, BLOCK_D=block_d)

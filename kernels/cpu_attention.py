@@ -1,9 +1,9 @@
 """Attention on the CPU: ATen's flash kernels where they apply, our own blocks of queries where dropout is wanted.
 
-scaled_dot_product_attention is 3 to 4 times as fast as the plain form, but has no counter-based dropout, gives no lse and
-aligns a causal mask to the top left. The operators here fill these gaps on the same flash kernels: grouped queries without
-copies of k and v, lse with a gradient, masks aligned to the bottom right. With dropout they hold one block of scores at a
-time, draw only the part of the mask that the causal mask leaves, and keep one byte a score for the backward.
+scaled_dot_product_attention is several times as fast as the plain form, but has no counter-based dropout, gives no lse
+and aligns a causal mask to the top left. The operators here fill these gaps on the same flash kernels: grouped queries
+without copies of k and v, lse with a gradient, masks aligned to the bottom right. With dropout they hold one block of
+scores at a time, draw only that part of the mask that is seen, and keep one byte a score for the backward.
 
 B batch, H heads, Hkv key heads, T queries, S keys, D head dim.
 """
@@ -38,8 +38,10 @@ def attention_lse(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offse
 
 
 @torch.library.custom_op("heiretsu::attention_cpu", mutates_args=())
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, dropout_p: float, seed: int,
-               batch_offset: int, head_offset: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, dropout_p: float, seed: int,
+    batch_offset: int, head_offset: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """out (B, H, T, D), lse (B, H, T) and the keep mask (B, H, T, S), empty without dropout."""
     out, lse, keep = _attention_fake(q, k, v, causal, scale, dropout_p, seed, batch_offset, head_offset)
     if q.numel() == 0 or k.numel() == 0:
@@ -67,9 +69,10 @@ def _attention_fake(q, k, v, causal, scale, dropout_p, seed, batch_offset, head_
 
 
 @torch.library.custom_op("heiretsu::attention_cpu_backward", mutates_args=())
-def _attention_backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                        out: torch.Tensor, lse: torch.Tensor, keep: torch.Tensor, causal: bool, scale: float,
-                        dropout_p: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+def _attention_backward(
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor, keep: torch.Tensor, causal: bool, scale: float, dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     dq, dk, dv = _attention_backward_fake(dout, dlse, q, k, v, out, lse, keep, causal, scale, dropout_p)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
@@ -87,9 +90,8 @@ def _attention_backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.
             for total, grad in zip(sums, grads[1:], strict=True):
                 total += grad
         else:
-            _backward_blocks(
-                dout_, dlse_, q_, k, v, out_, lse_, keep[:, heads, blind:], causal, scale, dropout_p, dq_, *sums
-            )
+            keep_ = keep[:, heads, blind:]
+            _backward_blocks(dout_, dlse_, q_, k, v, out_, lse_, keep_, causal, scale, dropout_p, dq_, *sums)
     dk.copy_(sums[0]), dv.copy_(sums[1])
     return dq, dk, dv
 
@@ -143,8 +145,8 @@ def _flash_mask(q, k, causal):
 def _flash_gradients(dout, dlse, q, k, v, out, lse, causal, scale):
     """dq, dk, dv of ATen's flash backward, which has no gradient of lse.
 
-    It computes ds = p (dout v^T - rowsum(dout out)). Appended columns [dlse, 0] to dout, [1, 0] to v and 0 to out make
-    that p (dout v^T + dlse - rowsum(dout out)). Two such pairs hold the float32 dlse of 16-bit operands.
+    It computes ds = p (dout v^T - rowsum(dout out)). A column dlse appended to dout, 1 to v and 0 to out makes that
+    p (dout v^T + dlse - rowsum(dout out)). Two such columns hold a float32 dlse beside 16-bit operands.
     """
     is_causal, mask = _flash_mask(q, k, causal)
     if dlse is None:
@@ -153,14 +155,14 @@ def _flash_gradients(dout, dlse, q, k, v, out, lse, causal, scale):
     high = dlse.to(q.dtype)
     rest = (dlse - high).to(q.dtype)
     dout = torch.cat([dout, high[..., None], rest[..., None]], -1)
-    v = F.pad(F.pad(v, (0, 2), value=1.0), (0, 0))
+    v = F.pad(v, (0, 2), value=1.0)
     q, k, out = (F.pad(t, (0, 2)) for t in (q, k, out))
     grads = _flash_backward(dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
     return tuple(grad[..., :D] for grad in grads)
 
 
 def _blocks(q, k, causal):
-    """(batch, head, rows, keys) of each block of scores: some queries of one head and the keys that any of them sees."""
+    """(batch, head, rows, keys) of each block of scores: queries of one head and the keys that any of them sees."""
     B, H, T, _ = q.shape
     S = k.shape[2]
     step = max(16, BLOCK_SCORES // S)

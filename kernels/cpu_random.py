@@ -1,4 +1,4 @@
-"""The random bits of `heiretsu.kernels.random`, fast on a CPU: few operations, in place, in blocks that stay in the cache."""
+"""The random bits of `heiretsu.kernels.random`, fast on a CPU: few operations, in place, in blocks the cache holds."""
 
 import torch
 
@@ -38,7 +38,7 @@ class BlockPhilox:
         low = column * _M0
         torch.bitwise_xor((low >> 32) ^ keys[2][1], row_product, out=c).bitwise_and_(_MASK32)
 
-        # From here on products and halves are full. The last two rounds leave out what no longer reaches the first word.
+        # From here on all is full. The last two rounds leave out what no longer reaches the first word.
         for r, (k0, k1) in enumerate(keys[3:], start=4):
             torch.mul(c, _M1, out=q1)
             if r < _ROUNDS:

@@ -18,12 +18,99 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # @triton.jit reads it once 
 # operands of four bytes and more, where it exists. Each kernel file names its own entries in its header.
 TABLE: dict[str, dict[str, dict]] = {"ampere": {}, "hopper": {}, "blackwell": {}, "cdna3": {}, "interpreter": {}}
 
-# Attention. Interpreter: unequal blocks, so that a confusion of M and N shows, small enough for short tests.
+
+def _tiles(block_m, block_n, num_warps, num_stages):
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
+
+
+# Attention, by head dim. Behind an entry: the bound that the other pipes set to the tensor cores, registers / spilled
+# bytes / programs on an SM, all at bf16, causal; and what a neighbour would give. For H100 every dot has N >= 64, which
+# wgmma needs for its full rate; for A100 and MI300X registers decide.
+TABLE["ampere"] |= {
+    "attention_forward": {
+        64: _tiles(128, 64, 4, 2),  # 1.00, 255/0/2; 8 warps .80: each reads all of k and v from shared memory
+        128: _tiles(128, 64, 8, 2),  # .80, 245/0/1; 4 warps 1.00, but 264 bytes spilled
+        256: _tiles(64, 64, 8, 2),  # .52, 255/0/1
+    },
+    "attention_dkdv": {
+        64: _tiles(64, 128, 8, 2),  # .76, 255/0/1; 4 warps 504 bytes spilled
+        128: _tiles(64, 64, 8, 2),  # .51, 170/0/1; 4 warps .83, but 80 bytes spilled
+        256: _tiles(32, 64, 8, 2),  # .35, 250/0/1; 64 x 64 .56, but 64 bytes spilled
+    },
+    "attention_dq": {
+        64: _tiles(128, 64, 8, 3),  # .80, 187/0/1; 4 warps 1.00, but 112 bytes spilled
+        128: _tiles(128, 64, 8, 3),  # .80, 255/0/1
+        256: _tiles(64, 64, 8, 1),  # .50, 248/0/1
+    },
+}
+TABLE["hopper"] |= {
+    "attention_forward": {
+        64: _tiles(128, 64, 4, 2),  # .94, 213/0/2, bound by exp2
+        128: _tiles(128, 128, 8, 2),  # 1.00, 223/0/1; 128 x 64 with 4 warps spills 104 bytes
+        256: _tiles(128, 64, 8, 2),  # 1.00, 246/0/1
+    },
+    "attention_dkdv": {
+        64: _tiles(128, 128, 8, 3),  # .99, 254/0/1; 64 x 128 .88, held back by shared memory
+        128: _tiles(64, 128, 8, 2),  # .99, 254/0/1
+        256: _tiles(64, 64, 8, 2),  # .60, 255/216/1; 32 x 64 spills 48 bytes at .33
+    },
+    "attention_dq": {
+        64: _tiles(128, 64, 8, 3),  # 1.00, 128/0/2
+        128: _tiles(128, 64, 8, 3),  # 1.00, 196/0/1
+        256: _tiles(128, 32, 8, 1),  # .60, 255/32/1
+    },
+}
+TABLE["blackwell"] |= {
+    "attention_forward": {
+        64: _tiles(128, 64, 4, 2),  # .49, 216/0/2, bound by exp2
+        128: _tiles(128, 128, 8, 2),  # .79, 228/0/1
+        256: _tiles(128, 64, 8, 2),  # .66, 252/0/1
+    },
+    "attention_dkdv": {
+        64: _tiles(64, 128, 8, 2),  # .44, 215/0/1; 128 x 128 .50, but 312 bytes spilled
+        128: _tiles(64, 128, 8, 2),  # .57, 243/0/1
+        256: _tiles(64, 64, 8, 1),  # .50, 254/0/1
+    },
+    "attention_dq": {
+        64: _tiles(128, 64, 8, 2),  # .67, 127/0/2
+        128: _tiles(128, 64, 8, 2),  # .67, 157/0/1; 128 x 128 .86, but 24 bytes spilled
+        256: _tiles(128, 32, 8, 1),  # .46, 209/0/1
+    },
+}
+TABLE["cdna3"] |= {
+    "attention_forward": {
+        64: _tiles(128, 64, 4, 1),  # .59, 204/0/2
+        128: _tiles(128, 32, 4, 1),  # 1.00, 203/0/2; 128 x 64 takes 303 registers
+        256: _tiles(128, 16, 4, 1),  # 1.00, 305/0/1, all 64 KB of LDS
+    },
+    "attention_dkdv": {
+        64: _tiles(32, 128, 4, 1),  # .72, 248/0/2; 64 keys compute S twice
+        128: _tiles(32, 128, 4, 1),  # 1.00, 360/0/1
+        256: _tiles(16, 32, 4, 1),  # .48, 242/0/2
+    },
+    "attention_dq": {
+        64: _tiles(128, 32, 4, 1),  # .93, 166/0/3; 64 queries compute S twice
+        128: _tiles(64, 16, 4, 1),  # .69, 134/0/3
+        256: _tiles(64, 16, 4, 1),  # .84, 240/0/2
+    },
+}
+# float32 dots are made of FMAs: small tiles, so that neither registers nor the unrolled code explode.
+for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
+    TABLE[_arch] |= {
+        "attention_forward/fp32": {64: _tiles(64, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 16, 4, 1)},
+        "attention_dkdv/fp32": {64: _tiles(32, 32, 4, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 16, 4, 1)},
+        "attention_dq/fp32": {64: _tiles(32, 32, 4, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 16, 4, 1)},
+        "attention_delta": {
+            64: dict(BLOCK_M=64, num_warps=4, num_stages=1),
+            256: dict(BLOCK_M=16, num_warps=4, num_stages=1),
+        },
+    }
+# Unequal blocks, so that a confusion of M and N shows; small, so that short tests have several.
 TABLE["interpreter"] |= {
-    "attention_forward": {None: dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1)},
+    "attention_forward": {None: _tiles(64, 32, 4, 1)},
     "attention_delta": {None: dict(BLOCK_M=64, num_warps=4, num_stages=1)},
-    "attention_dkdv": {None: dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=1)},
-    "attention_dq": {None: dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1)},
+    "attention_dkdv": {None: _tiles(32, 64, 4, 1)},
+    "attention_dq": {None: _tiles(64, 32, 4, 1)},
 }
 
 # Mixture of experts. 128x256x64 with 8 warps is bound by the tensor cores on A100, H100 and MI300X (1.00) and by shared
@@ -102,6 +189,27 @@ for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
     TABLE[_arch] |= {"dropout": {None: dict(BLOCK_N=4, BLOCK_C=256, num_warps=4, num_stages=1)}}
 TABLE["interpreter"] |= {"dropout": {None: dict(BLOCK_N=8, BLOCK_C=32, num_warps=4, num_stages=1)}}
 
+# linear_cross_entropy.
+for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
+    TABLE[_arch] |= {
+        "linear_cross_entropy_lse": {
+            None: dict(SPLIT_V=2048, BLOCK_N=128, BLOCK_V=256, BLOCK_C=64, num_warps=8, num_stages=3)
+        },
+        "linear_cross_entropy_combine": {None: dict(BLOCK_N=128, num_warps=4, num_stages=1)},
+        "linear_cross_entropy_dlogits": {
+            None: dict(BUFFER_ELEMENTS=1 << 26, BLOCK_N=128, BLOCK_V=256, BLOCK_C=64, num_warps=8, num_stages=3)
+        },
+        "linear_cross_entropy_gemm": {None: dict(BLOCK_M=128, BLOCK_C=256, BLOCK_K=64, num_warps=8, num_stages=3)},
+    }
+TABLE["interpreter"] |= {
+    "linear_cross_entropy_lse": {None: dict(SPLIT_V=64, BLOCK_N=32, BLOCK_V=32, BLOCK_C=16, num_warps=4, num_stages=1)},
+    "linear_cross_entropy_combine": {None: dict(BLOCK_N=32, num_warps=4, num_stages=1)},
+    "linear_cross_entropy_dlogits": {
+        None: dict(BUFFER_ELEMENTS=4096, BLOCK_N=32, BLOCK_V=64, BLOCK_C=16, num_warps=4, num_stages=1)
+    },
+    "linear_cross_entropy_gemm": {None: dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=16, num_warps=4, num_stages=1)},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class AuditCase:
@@ -109,8 +217,8 @@ class AuditCase:
 
     A kernel file's audit_cases(arch) lists its own for one architecture class (a key of TABLE, as `lookup` takes it).
     signature: Triton type of each run-time argument ("*bf16:16", "i32"; ":16" says divisible by 16). constexprs: the
-    rest, strides of 1 included. The bars: max_spill_bytes a thread; min_bound, the least share of the tensor cores' (or,
-    without a dot, of the memory's) peak that the hot loop's other pipes leave possible; loop_flops, what one iteration
+    rest, strides of 1 included. The bars: max_spill_bytes a thread; min_bound, the least share of the tensor cores'
+    (or, without a dot, of the memory's) peak that the hot loop's other pipes leave possible; loop_flops, what one iteration
     of the hot loop computes by closed form, which shows that the audit read the right loop.
     """
 
