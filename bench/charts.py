@@ -6,13 +6,14 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from heiretsu.bench.chart_style import FAINT, INK, MUTED, SERIES, STYLE
 from heiretsu.bench.measure import BASELINE, BOTH, COMPILED, OURS, Result
+from heiretsu.bench.results import engineering
 from heiretsu.bench.timing import Roofline
 
-COLORS = {BASELINE: MUTED, COMPILED: SERIES[1], OURS: SERIES[0]}
+COLORS = {BASELINE: MUTED, OURS: SERIES[0], COMPILED: SERIES[1]}
 OTHERS = SERIES[2:]  # alternatives, in the order in which they come
 
 
@@ -41,8 +42,9 @@ def draw(results: list[Result], roofline: Roofline, facts: dict[str, str], dtype
 def palette(results: list[Result]) -> dict[str, str]:
     """{implementation: colour}: fixed for the three that are always there."""
     names = list(dict.fromkeys(result.implementation for result in results))
+    fixed = {name: color for name, color in COLORS.items() if name in names}
     others = [name for name in names if name not in COLORS]
-    return {name: COLORS.get(name) or OTHERS[others.index(name) % len(OTHERS)] for name in names}
+    return fixed | {name: OTHERS[index % len(OTHERS)] for index, name in enumerate(others)}
 
 
 def _groups(results: list[Result], key) -> dict:
@@ -53,9 +55,11 @@ def _groups(results: list[Result], key) -> dict:
 
 
 def _legend(figure: Figure, colors: dict[str, str], title: str) -> None:
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    """The heading, and one mark for each implementation, above the axes."""
     lines = [Line2D([], [], color=color, marker="o", markersize=5, lw=2) for color in colors.values()]
-    figure.legend(lines, list(colors), loc="outside upper left", ncols=len(lines), fontsize=9.5)
+    legend = figure.legend(lines, list(colors), loc="outside upper left", ncols=len(lines), fontsize=9.5, title=title)
+    legend.set_alignment("left")
+    legend.get_title().set(fontsize=12.5, fontweight="bold")
 
 
 def time_against_size(results: list[Result], colors: dict[str, str]) -> Figure:
@@ -85,23 +89,21 @@ def time_against_size(results: list[Result], colors: dict[str, str]) -> Figure:
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.margins(x=0.12, y=0.15)
-        _plain_numbers(axis.yaxis)
+        _plain_numbers(axis)
     for axis in axes:
         axis.set_axis_off()
     return figure
 
 
-def _plain_numbers(axis) -> None:
-    """0.5, 10, 200 instead of powers; minor ticks get a number only where the axis spans less than a decade."""
-    low, high = axis.get_view_interval()
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    few = high / low < 12
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if _leading(value) in (2, 5) else "") if few
-                             else NullFormatter())  # fmt: skip
-
-
-def _leading(value: float) -> int:
-    return round(value / 10 ** math.floor(math.log10(value) + 1e-9))
+def _plain_numbers(axes) -> None:
+    """0.5, 10, 200 instead of powers; with 2, (3,) and 5 between where the axis spans little more than a decade."""
+    axes.autoscale_view()
+    low, high = axes.get_ylim()
+    between = (2, 3, 5) if high / low < 8 else (2, 5) if high / low < 100 else ()
+    number = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(number)
+    axes.yaxis.set_minor_locator(LogLocator(subs=between, numticks=99) if between else NullLocator())
+    axes.yaxis.set_minor_formatter(number)
 
 
 def speedups(results: list[Result], colors: dict[str, str]) -> Figure:
@@ -125,6 +127,7 @@ def speedups(results: list[Result], colors: dict[str, str]) -> Figure:
         ticks.append(((top + y - 1) / 2, f"{op}  {name}"))
         y += 1.1
     axis.axvline(1, color=INK, lw=1)
+    axis.annotate("plain", (1, -0.9), (0, 3), textcoords="offset points", ha="center", fontsize=8.5)
     axis.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8.5, color=INK)
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(y - 0.6, -1)
@@ -135,47 +138,51 @@ def speedups(results: list[Result], colors: dict[str, str]) -> Figure:
 
 def under_the_roofline(results: list[Result], roofline: Roofline, colors: dict[str, str]) -> Figure:
     """FLOP/s against FLOPs a byte (Williams et al. 2009), the largest size of each series; a column is one series."""
-    figure = Figure(figsize=(9, 5.4))
-    _legend(figure, colors, "Useful FLOP/s under this device's measured roofline")
+    figure = Figure(figsize=(9.5, 5.6))
+    _legend(figure, colors, "Useful FLOP/s under this device's measured roofline, forward + backward")
     axis = figure.subplots()
-    largest = {}
-    for key, group in _groups(results, lambda r: (r.workload.op, r.workload.series)).items():
-        size = max(r.workload.size for r in group)
-        largest[key] = [r for r in group if r.workload.size == size]
-    intensities: list[float] = []
-    for number, ((op, _), group) in enumerate(sorted(largest.items(), key=lambda item: _intensity(item[1][0]))):
-        x = _intensity(group[0])
-        x *= 1.04 ** sum(
-            abs(math.log(x / other)) < 0.03 for other in intensities
-        )  # do not hide a column behind another
-        intensities.append(x)
+    columns = sorted(_largest_of_each_series(results), key=lambda group: _intensity(group[0]))
+    ops = [group[0].workload.op for group in columns]
+    placed: list[float] = []
+    for group in columns:
+        workload, x = group[0].workload, _intensity(group[0])
+        while any(abs(math.log(x / other)) < 0.12 for other in placed):  # beside a column, not on top of it
+            x *= 1.13
+        placed.append(x)
         y = [r.work(BOTH)[0] / r.timings[BOTH].median for r in group]
         axis.plot([x, x], [min(y), max(y)], color="#d5dae3", lw=1.2, zorder=1)
         for result, value in zip(group, y, strict=True):
-            axis.scatter(x, value, s=42, color=colors[result.implementation], edgecolor="white", lw=0.6,
-                         zorder=2 + (result.implementation == OURS))  # fmt: skip
-        axis.annotate(op, (x, min(y)), (0, -9 - 11 * (number % 2)), textcoords="offset points", ha="center", fontsize=8,
-                      color=FAINT)  # fmt: skip
-    low, high = min(intensities) / 2.5, max([*intensities, 4 * roofline.flops_per_s / roofline.bytes_per_s]) * 1.6
-    ridge = roofline.flops_per_s / roofline.bytes_per_s
-    roof = [low * roofline.bytes_per_s, roofline.flops_per_s, roofline.flops_per_s]
-    axis.plot([low, ridge, high], roof, color=INK, lw=1.8)
-    axis.annotate(f"copy {roofline.bytes_per_s / 1e9:,.3g} GB/s", (low * 1.2, 1.2 * roof[0]), (4, 14),
-                  textcoords="offset points", fontsize=8.5)  # fmt: skip
-    axis.annotate(f"matrix product {roofline.flops_per_s / 1e12:,.3g} TFLOP/s", (high, roofline.flops_per_s), (-4, 6),
-                  textcoords="offset points", ha="right", fontsize=8.5)  # fmt: skip
-    axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte, forward + backward", ylabel="FLOP/s", xlim=(low, high))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _si(value)))
+            front = 2 + (result.implementation == OURS)
+            axis.scatter(x, value, s=42, color=colors[result.implementation], edgecolor="white", lw=0.6, zorder=front)
+        label = workload.op if ops.count(workload.op) == 1 else f"{workload.op}  {workload.series}"
+        axis.annotate(label, (x, min(y)), (1, -9), textcoords="offset points", rotation=-38, rotation_mode="anchor",
+                      ha="left", va="center", fontsize=7.5, color=FAINT)  # fmt: skip
+    _draw_roof(axis, roofline, min(placed) / 3, max(*placed, 4 * roofline.flops_per_s / roofline.bytes_per_s) * 4)
+    axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: engineering(value)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.margins(y=0.14)
     return figure
 
 
+def _largest_of_each_series(results: list[Result]) -> list[list[Result]]:
+    groups = _groups(results, lambda r: (r.workload.op, r.workload.series)).values()
+    return [[r for r in group if r.workload.size == max(other.workload.size for other in group)] for group in groups]
+
+
+def _draw_roof(axis, roofline: Roofline, low: float, high: float) -> None:
+    ridge = roofline.flops_per_s / roofline.bytes_per_s
+    roof = [low * roofline.bytes_per_s, roofline.flops_per_s, roofline.flops_per_s]
+    axis.plot([low, ridge, high], roof, color=INK, lw=1.8)
+    axis.set_xlim(low, high)
+    middle = math.sqrt(low * ridge)
+    text = {"textcoords": "offset points", "fontsize": 8.5}
+    axis.annotate(f"copy {engineering(roofline.bytes_per_s)}B/s", (middle, middle * roofline.bytes_per_s), (-6, 6),
+                  ha="right", **text)  # fmt: skip
+    axis.annotate(f"matrix product {engineering(roofline.flops_per_s)}FLOP/s", (high, roofline.flops_per_s), (-4, 6),
+                  ha="right", **text)  # fmt: skip
+
+
 def _intensity(result: Result) -> float:
     flops, bytes_ = result.work(BOTH)
     return flops / bytes_
-
-
-def _si(value: float) -> str:
-    exponent = min(4, max(0, math.floor(math.log10(value) / 3 + 1e-9)))
-    return f"{value / 1000**exponent:g}{['', 'k', 'M', 'G', 'T'][exponent]}"
