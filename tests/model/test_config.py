@@ -1,0 +1,65 @@
+"""Sizes: published parameter counts, which layers are mixtures, and how layers are dealt out to stages."""
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heiretsu.kernels import plain
+from heiretsu.model.build import build_engine, count_parameters
+from heiretsu.model.config import PRESETS, ModelConfig, split_layers
+from heiretsu.parallel.mesh import abstract_mesh
+from tests.training import DENSE, MIXTURE, run_config
+
+PUBLISHED = {  # of the released GPT-2 checkpoints
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(preset):
+    assert count_parameters(ModelConfig(**PRESETS[preset], vocab_size=50257)) == PUBLISHED[preset]
+
+
+@pytest.mark.parametrize("model", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_count_leaves_out_exactly_the_padding_of_the_vocabulary(model):
+    engine = build_engine(run_config(model), abstract_mesh(), plain)
+    stored = sum(param.numel() for param in engine.params.values())
+    assert stored - count_parameters(model) == (128 - 67) * 16
+    assert (engine.params["wte.weight"][67:] == 0).all() and (engine.params["wte.weight"][:67] != 0).any(1).all()
+
+
+def test_every_moe_freq_th_layer_is_a_mixture():
+    assert ModelConfig(n_layer=6, num_experts=4, moe_freq=2).moe_layers == [1, 3, 5]
+    assert ModelConfig(n_layer=3, num_experts=4, moe_freq=1).moe_layers == [0, 1, 2]
+    assert ModelConfig(n_layer=6).moe_layers == []
+
+
+def costliest(config: ModelConfig, cuts) -> int:
+    bounds = [0, *cuts, config.n_layer]
+    parts = [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    head = [0] * (len(parts) - 1) + [config.head_macs]
+    return max(sum(map(config.layer_macs, part)) + extra for part, extra in zip(parts, head, strict=True))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 4), st.sampled_from([257, 50257]), st.sampled_from([0, 4]))
+def test_stages_are_contiguous_and_no_split_has_a_cheaper_costliest_stage(n_layer, num_stages, vocab_size, num_experts):
+    config = ModelConfig(n_layer=n_layer, vocab_size=vocab_size, num_experts=num_experts, moe_freq=1)
+    if num_stages > n_layer:
+        with pytest.raises(ValueError, match=f"--pp {num_stages} .* --n_layer is {n_layer}"):
+            split_layers(config, num_stages)
+        return
+    stages = split_layers(config, num_stages)
+    assert [layer for stage in stages for layer in stage] == list(range(n_layer)) and all(stages)
+    best = min(costliest(config, cuts) for cuts in combinations(range(1, n_layer), num_stages - 1))
+    assert costliest(config, [stage.start for stage in stages[1:]]) == best
+
+
+def test_the_head_of_a_large_vocabulary_counts_like_layers():
+    stages = split_layers(ModelConfig(**{**PRESETS["gpt2"], "vocab_size": 50257}), 4)
+    assert len(stages[-1]) < len(stages[0])
