@@ -46,6 +46,7 @@ from heiretsu.parallel.pipeline import Microbatch
 def main(config: RunConfig) -> None:
     try:
         device = find_device(config)
+        kernels = fused.describe(device) if config.fused else "plain PyTorch ops"
         resume_from = find_checkpoint(config)
         if config.tokenizer is None:
             config = config.with_tokenizer(tokenizer_of(config.data_dir))
@@ -66,6 +67,8 @@ def main(config: RunConfig) -> None:
     try:
         mesh = make_mesh(config.dp, config.ep, config.pp, config.tp, device)
         engine = build_engine(config, mesh, fused if config.fused else plain)
+        if mesh.rank == 0:
+            print(describe(config, mesh, train_data, kernels), flush=True)
         first_step = 0 if resume_from is None else resume(config, engine, resume_from)
         train(config, mesh, engine, train_data, val_data, first_step)
     finally:
@@ -126,8 +129,6 @@ def train(
     first_step: int = 0,
 ) -> None:
     """The loop: a step, its log line, and now and then an evaluation or a checkpoint."""
-    if mesh.rank == 0:
-        print(describe(config, mesh, train_data), flush=True)
     tokenizer = find_tokenizer(config, mesh)  # now, so that nothing is learned at the end of a long run
     log, stop = RunLog(config, mesh, first_step), StopSignal(mesh)
     for step in range(first_step, config.max_iters):
@@ -209,20 +210,19 @@ def evaluate(config: RunConfig, mesh: Mesh, engine: Engine, data: TokenDataset) 
     return {"eval_loss": loss, **bits}
 
 
-def describe(config: RunConfig, mesh: Mesh, data: TokenDataset) -> str:
+def describe(config: RunConfig, mesh: Mesh, data: TokenDataset, kernels: str) -> str:
     """What is about to run, and the whole configuration."""
     model = config.model
     experts = ""
     if model.num_experts:
         experts = f", {model.num_experts} experts, top {model.top_k}, every {model.moe_freq} layers"
-    ops = fused.describe(mesh.device) if config.fused else "plain PyTorch ops"
     schedule = f", {config.schedule} over {config.grad_accum_steps} microbatches" if config.pp > 1 else ""
     lines = [
         f"config: {config.to_json()}",
         f"model: {count_parameters(model):,} parameters, {model.n_layer} layers, {model.n_head} heads, "
         f"{model.n_embed} wide, vocabulary {model.vocab_size}, block {model.block_size}{experts}",
         f"mesh: dp {config.dp} x ep {config.ep} x pp {config.pp} x tp {config.tp} on {mesh.device.type}{schedule}",
-        f"kernels: {ops}; activations {config.amp if config.amp != 'none' else config.dtype}"
+        f"kernels: {kernels}; activations {config.amp if config.amp != 'none' else config.dtype}"
         f"{', compiled' if config.compile else ''}",
         f"data: {config.data_dir or 'embedded corpus'}, {data.num_tokens:,} training tokens ({config.tokenizer})",
         f"batch: {config.global_batch_size} sequences, {config.tokens_per_step:,} tokens; {config.max_iters} steps",

@@ -7,12 +7,13 @@ from types import ModuleType
 import torch
 
 from heiretsu.model.config import ModelConfig
-from heiretsu.model.gpt import build_stages
+from heiretsu.model.gpt import GPT, build_stages
 from heiretsu.model.options import RunConfig
 from heiretsu.model.seeding import initialise
 from heiretsu.parallel.engine import Engine
-from heiretsu.parallel.mesh import Mesh
+from heiretsu.parallel.mesh import Mesh, abstract_mesh
 from heiretsu.parallel.optimizer import LossScaler, optimizer_groups
+from heiretsu.parallel.placement import placement_table
 from heiretsu.parallel.schedules import SCHEDULES
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,9 +46,7 @@ def build_engine(config: RunConfig, mesh: Mesh, ops: ModuleType) -> Engine:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the whole model, padding left out; 124,439,808 for gpt2, as published."""
-    V, C, F, E = config.vocab_size, config.n_embed, config.ffn_size, config.num_experts
-    mlp = 2 * C * F + F + C
-    layer = 4 * C * C + 4 * C + 4 * C  # attention, its biases, two norms
-    total = V * C + config.block_size * C + 2 * C
-    return total + sum(layer + (E * mlp + E * C if config.is_moe(i) else mlp) for i in range(config.n_layer))
+    """Parameters of the whole model, padding left out; 124,439,808 for gpt2, as published. Allocates nothing."""
+    mesh = abstract_mesh(device="meta")
+    table = placement_table(GPT(config, mesh, ops=None), mesh)
+    return sum(place.num_elements for place in table.values())

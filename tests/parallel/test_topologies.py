@@ -64,6 +64,24 @@ def test_gpipe_gives_the_run_of_one_process(ranks, mesh):
     assert failures(ranks(run_steps, config, STEPS, **mesh), reference("dense", 4), TOLERANCE) == {}
 
 
+@pytest.mark.parametrize(
+    "model, microbatches, mesh",
+    [
+        ("dense", 4, {}),
+        ("mixture", 2, {}),
+        ("dense", 4, {"dp": 2, "pp": 2, "tp": 2}),
+        ("mixture", 2, {"ep": 2, "tp": 2}),
+        ("hot expert", 2, {"ep": 4}),
+        ("dropout", 2, {"dp": 2, "tp": 2}),
+    ],
+    ids=label,
+)
+def test_fused_ops_give_the_plain_run_of_one_process(ranks, model, microbatches, mesh):
+    config = run_config(MODELS[model], microbatches=microbatches, **mesh)
+    traces = ranks(run_steps, config, STEPS, ops="fused", **mesh)
+    assert failures(traces, reference(model, 4), TOLERANCE) == {}
+
+
 def test_microbatches_do_not_change_the_run():
     for microbatches in (1, 2, 8):
         assert failures([reference("mixture", microbatches)], reference("mixture", 4), TOLERANCE) == {}

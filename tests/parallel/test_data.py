@@ -1,0 +1,75 @@
+"""Gradient buckets: sent once a step, in one order, while backward is still running."""
+
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+import train as train_script
+from heiretsu.kernels import plain
+from heiretsu.model.build import build_engine
+from heiretsu.parallel import data as data_parallel
+from heiretsu.parallel.mesh import abstract_mesh
+from tests.training import DENSE, MIXTURE, dataset, run_config
+
+
+def recorded(mesh, config, bucket_bytes):
+    """(what happened in one step, in order; number of buckets with peers): gradients accumulated and buckets sent."""
+    events = []
+    real = dist.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        events.append(("sent", tensor.numel()))
+        return real(tensor, *args, **kwargs)
+
+    engine = build_engine(config, mesh, plain)
+    averager = engine.averager = data_parallel.GradientAverager(engine.params, engine.table, bucket_bytes)
+    for name, param in engine.params.items():
+        param.register_post_accumulate_grad_hook(lambda _, name=name: events.append(("ready", name)))
+    batches = train_script.read_batches(config, mesh, dataset(67, 8), 0)
+    with patch.object(data_parallel.dist, "all_reduce", all_reduce):
+        engine.accumulate(batches)
+    sizes = [bucket.flat.numel() for bucket in averager.buckets if bucket.axis.size > 1]
+    return events, sizes
+
+
+def test_each_bucket_is_sent_once_a_step_and_most_before_backward_ends(ranks):
+    config = run_config(DENSE, microbatches=4, dp=2)
+    (events, sizes), (others, _) = ranks(recorded, config, 4096, dp=2)
+    sent = [size for kind, size in events if kind == "sent"]
+    assert len(sizes) > 4 and sent == sizes
+    assert [event for event in others if event[0] == "sent"] == [event for event in events if event[0] == "sent"]
+    last_gradient = max(i for i, (kind, _) in enumerate(events) if kind == "ready")
+    early = sum(kind == "sent" for kind, _ in events[:last_gradient])
+    assert early >= len(sizes) // 2
+    microbatch_ends = [i for i, (kind, name) in enumerate(events) if (kind, name) == ("ready", "wte.weight")]
+    assert len(microbatch_ends) == 4
+    assert not any(kind == "sent" for kind, _ in events[: microbatch_ends[2]])  # nothing before the last microbatch
+
+
+def grads_are_views(mesh, config):
+    engine = build_engine(config, mesh, plain)
+    engine.accumulate(train_script.read_batches(config, mesh, dataset(67, 8), 0))
+    return {
+        name: any(
+            param.grad.untyped_storage().data_ptr() == bucket.flat.untyped_storage().data_ptr()
+            for bucket in engine.averager.buckets
+        )
+        for name, param in engine.params.items()
+    }
+
+
+def test_gradients_stay_views_of_their_buckets(ranks):
+    for views in ranks(grads_are_views, run_config(MIXTURE, microbatches=2, ep=2), ep=2):
+        assert all(views.values()), [name for name, is_view in views.items() if not is_view]
+
+
+def test_a_bucket_holds_one_kind_and_about_so_many_bytes():
+    mesh = abstract_mesh(dp=2, ep=2)
+    engine = build_engine(run_config(MIXTURE, microbatches=2, dp=2, ep=2), mesh, plain)
+    buckets = data_parallel._group(engine.params, engine.table, 8192)
+    assert sorted(name for bucket in buckets for name in bucket) == sorted(engine.params)
+    for bucket in buckets:
+        assert len({engine.table[name].spec.expert for name in bucket}) == 1
+        all_but_last = sum(engine.params[name].numel() * 8 for name in bucket[:-1])
+        assert all_but_last < 8192
+    assert buckets[-1] == ["wte.weight"] or buckets[-2] == ["wte.weight"]

@@ -1,0 +1,48 @@
+"""Who is where: the rank formula, the merged axes, and process groups that reach exactly the ranks they name."""
+
+import itertools
+
+import pytest
+import torch
+
+from heiretsu.parallel.collectives import all_reduce
+from heiretsu.parallel.mesh import AXIS_NAMES, abstract_mesh, make_mesh
+
+LINES = (*AXIS_NAMES, "replica", "ends", "pp_back", "world")
+
+
+def test_tp_is_fastest_then_pp_then_ep_then_dp():
+    sizes = {"dp": 2, "ep": 3, "pp": 2, "tp": 2}
+    for rank, place in enumerate(itertools.product(*map(range, sizes.values()))):
+        mesh = abstract_mesh(**sizes, rank=rank)
+        assert tuple(getattr(mesh, name).index for name in AXIS_NAMES) == place
+        dp, ep, pp, tp = place
+        assert mesh.tp.ranks == tuple(rank - tp + i for i in range(2))
+        assert mesh.pp.ranks == tuple(rank + 2 * (i - pp) for i in range(2))
+        assert mesh.replica.index == dp * 3 + ep and mesh.replica.size == 6
+        assert mesh.world.index == mesh.rank == rank
+
+
+@pytest.mark.parametrize("rank, ends", [(0, (0, 3)), (1, (1,)), (2, (2,)), (3, (0, 3))])
+def test_ends_are_the_first_and_the_last_stage(rank, ends):
+    mesh = abstract_mesh(pp=4, rank=rank)
+    assert mesh.ends.ranks == ends
+    assert (mesh.is_first_stage, mesh.is_last_stage) == (rank == 0, rank == 3)
+
+
+def sums(mesh):
+    """Over each line, the sum of 2**rank: the set of the ranks that it reaches."""
+    mine = torch.tensor(2.0**mesh.rank)
+    return {name: (getattr(mesh, name).ranks, all_reduce(mine, getattr(mesh, name)).item()) for name in LINES}
+
+
+@pytest.mark.parametrize("sizes", [{"dp": 2, "pp": 2}, {"ep": 2, "tp": 2}, {"dp": 2, "ep": 2, "pp": 2}, {"pp": 4}])
+def test_each_group_reaches_exactly_its_ranks(ranks, sizes):
+    for reached in ranks(sums, **sizes):
+        for name, (members, total) in reached.items():
+            assert total == sum(2.0**rank for rank in members), name
+
+
+def test_a_mesh_of_another_size_than_the_world_is_refused():
+    with pytest.raises(ValueError, match="--dp 2 x --ep 1 x --pp 1 x --tp 3 = 6 ranks, but the world has 1 processes"):
+        make_mesh(dp=2, tp=3)
