@@ -12,7 +12,7 @@ Triton compiles as for a GPU; the PTX is then executed, every thread of a batch 
 arrays. So this sees what Triton's interpreter cannot: layouts, masks per vector of elements, shared memory, barriers,
 cp.async pipelines, tensor-core instructions, num_warps and num_stages. Checked on the way, each with its source line:
 
-    oob            global access outside the storage of every argument
+    oob            global access to what is no element of any tensor argument
     misaligned     address not a multiple of the access width (a false multiple_of)
     race-shared    conflicting shared accesses of two warps with no barrier between
     race-global    the same in global memory, and of two CTAs that nothing orders

@@ -56,14 +56,16 @@ class Batch:
 
     def active(self, mask) -> np.ndarray:
         """Indices of the active lanes."""
-        return self.everyone if mask is None else np.flatnonzero(np.broadcast_to(mask, self.num_lanes))
+        return self.everyone if mask is None else np.flatnonzero(self.whole(mask))
 
     def whole(self, value) -> np.ndarray:
-        """A value as an array over all lanes."""
-        return np.broadcast_to(np.asarray(value), self.num_lanes)
+        """A value as an array over all lanes; not a copy."""
+        if getattr(value, "ndim", 0):
+            return value
+        return np.full(self.num_lanes, value)
 
     def mask(self, mask) -> np.ndarray:
-        return np.ones(self.num_lanes, np.bool_) if mask is None else np.broadcast_to(mask, self.num_lanes)
+        return np.ones(self.num_lanes, np.bool_) if mask is None else self.whole(mask)
 
     def spread(self, values, lanes) -> np.ndarray:
         """An array over all lanes that holds `values` at `lanes` and zero elsewhere."""
@@ -87,4 +89,4 @@ class Batch:
             padded = np.zeros((self.num_warps, *rows.shape[1:]), rows.dtype)
             padded[warps] = rows
             rows = padded
-        return [np.ascontiguousarray(rows[:, r]).reshape(-1) for r in range(rows.shape[1])]
+        return list(np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(rows.shape[1], -1))

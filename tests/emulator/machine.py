@@ -220,7 +220,7 @@ def execute(
     machine = Machine(kernel, args, grid, shared, num_warps, check, schedule, seed, report, limit)
     if batch is None:  # CTAs that wait for each other run one after another
         waits = any(re.match(r"(atom.*\.cas|ld\.\w*\.?acquire)", opcode) for opcode in kernel.opcodes)
-        lanes = 1024 if machine.random else 4096  # NumPy's best sizes: one warp is active at a time, or all of them
+        lanes = 512 if machine.random else 4096  # NumPy's best sizes: one warp is active at a time, or all of them
         batch = 1 if waits else max(1, min(16, lanes // machine.threads))
     order = list(range(num_ctas))
     if machine.random:

@@ -1,8 +1,8 @@
 """Global, shared and local memory of a launch: layout, address checks, loads, stores, atomics and cp.async.
 
 Every storage behind a tensor argument is copied into one flat global memory, with guard bytes between, and copied
-back at the end. An address outside all of them, or not a multiple of the access width, is a finding that stops the
-run.
+back at the end. An address that is no element of an argument (in a gap between rows, say), or that is no multiple of
+the access width, is a finding that stops the run.
 """
 
 import ctypes
@@ -28,6 +28,18 @@ def storage_bytes(storage) -> np.ndarray:
     if not storage.nbytes():
         return np.zeros(0, np.uint8)
     return np.frombuffer((ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr()), np.uint8)
+
+
+def _bytes_of_elements(tensor) -> np.ndarray:
+    """Which bytes of its storage a (strided) tensor covers."""
+    size, itemsize = tensor.untyped_storage().nbytes(), tensor.element_size()
+    if tensor.is_contiguous() and tensor.numel() * itemsize == size:
+        return np.ones(size, np.bool_)
+    covered = torch.zeros(size // itemsize, dtype=torch.bool)
+    covered.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+    result = np.zeros(size, np.bool_)
+    result[: size // itemsize * itemsize] = covered.numpy().repeat(itemsize)
+    return result
 
 
 def units(index, bits):
@@ -69,7 +81,7 @@ class Memory:
     def _place_global(self, args):
         """Lay out storages and constants; returns the arguments with tensors replaced by addresses."""
         self.storages: list[tuple[int, torch.UntypedStorage]] = []
-        end, placed, values, constants = GUARD, {}, [], []
+        end, placed, values, constants, tensors = GUARD, {}, [], [], []
 
         def place(num_bytes, alignment_of):
             nonlocal end
@@ -87,7 +99,9 @@ class Memory:
             if storage.data_ptr() not in placed:
                 placed[storage.data_ptr()] = place(storage.nbytes(), storage.data_ptr())
                 self.storages.append((placed[storage.data_ptr()], storage))
-            values.append(GLOBAL_BASE + placed[storage.data_ptr()] + arg.data_ptr() - storage.data_ptr())
+            start = placed[storage.data_ptr()]
+            tensors.append((start, arg))
+            values.append(GLOBAL_BASE + start + arg.data_ptr() - storage.data_ptr())
         for name, symbol in self.kernel.constants.items():
             start = place(symbol.num_bytes or symbol.element_bytes, 0)
             self.symbols[name] = GLOBAL_BASE + start
@@ -97,7 +111,8 @@ class Memory:
         self.globals, self.valid = np.zeros(size, np.uint8), np.zeros(size, np.bool_)
         for start, storage in self.storages:
             self.globals[start : start + storage.nbytes()] = storage_bytes(storage)
-            self.valid[start : start + storage.nbytes()] = True
+        for start, tensor in tensors:
+            self.valid[start : start + tensor.untyped_storage().nbytes()] |= _bytes_of_elements(tensor)
         for start, symbol in constants:
             self.valid[start : start + (symbol.num_bytes or symbol.element_bytes)] = True
             data = _initial_bytes(symbol)
@@ -280,7 +295,8 @@ class Memory:
         for number, (start, storage) in enumerate(self.storages):
             size, offset = storage.nbytes(), index - start
             distance = 0 if 0 <= offset < size else min(abs(offset), abs(offset - size + 1))
-            nearest.append((distance, f": byte {offset} of tensor #{number} ({size} bytes)"))
+            inside = "of the storage, but no element, of tensor" if not distance else "of tensor"
+            nearest.append((distance, f": byte {offset} {inside} #{number} ({size} bytes)"))
         text = f"global access of {width} bytes outside every tensor" + (min(nearest)[1] if nearest else "")
         self.report.add("oob", self.kernel.where(line), text, len(indices))
         raise PTXError(str(self.report))

@@ -86,6 +86,14 @@ def test_an_address_outside_every_tensor_stops_the_run():
     assert report.kinds() == ["oob"] and report[0].count == 28
 
 
+@pytest.mark.parametrize("view", [lambda x: x[64:96], lambda x: x.view(32, 4)[:, 1], lambda x: x[:126]])
+def test_the_rest_of_the_storage_behind_a_view_is_out_of_bounds(view):
+    report = Report()
+    with pytest.raises(PTXError, match="no element"):
+        with_shared(MINE + "ld.global.b32 %w,[%x];", view(words()), zeros(), report=report)
+    assert report.kinds() == ["oob"] and report[0].count >= 2
+
+
 def test_a_misaligned_vector_stops_the_run():
     report = Report()
     with pytest.raises(PTXError, match="misaligned global access of 16 bytes"):

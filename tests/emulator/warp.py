@@ -69,7 +69,8 @@ class WarpUnit:
 
     def _stack(self, registers, warps):
         """(warps, registers, 32)."""
-        return np.stack([self.batch.by_warp(register)[warps] for register in registers], 1)
+        stacked = np.array([self.batch.whole(register) for register in registers]).reshape(len(registers), -1, WARP)
+        return (stacked if len(warps) == self.batch.num_warps else stacked[:, warps]).swapaxes(0, 1)
 
     # ---- shuffles and votes
 
