@@ -46,8 +46,8 @@ def main(arguments=None) -> int:
             if green[row]["verdict"] != "survived":
                 result.update(verdict="red without the mutation", why=green[row]["why"])
         result["seconds"] = time.perf_counter() - start
-        why = result["why"][:120] if result["verdict"] == "caught" else result["why"]
-        print(f"{result['verdict']}: {mutation['id']} by {mutation['case']}: {why}", flush=True)
+        why = result["why"].partition(":")[0] if result["verdict"] == "caught" else result["why"]
+        print(f"{result['verdict']}: {mutation['id']} by {mutation['case']} ({why})", flush=True)
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(results))
     return any(result["verdict"] != "caught" for result in results.values())

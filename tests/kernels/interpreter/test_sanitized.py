@@ -28,7 +28,6 @@ def test_every_order_of_programs_gives_the_same_bits_and_no_finding(case: Case):
     for order in ORDERS:
         with sanitize(order, seed=len(case.name)):
             results[order] = run(case, case.dtypes[0], triton_form(case.op))
-    assert any(tensor is not None and tensor.numel() for tensor in results["forward"].values()) or "empty" in case.why
     for order in ORDERS[1:]:
         for name, tensor in results["forward"].items():
             other = results[order][name]
