@@ -1,0 +1,89 @@
+"""Generate text from a checkpoint, on one device, whatever the mesh that saved it.
+
+    python sample.py --checkpoint runs/checkpoints --prompt "The "
+    python sample.py --checkpoint runs/checkpoints/step_00001000 --prompt "The " --temperature 0.7 --top_k 50 --seed 3
+
+The text goes to standard output as it is made; what made it, to standard error. It ends early where the model ends it.
+"""
+
+import argparse
+import codecs
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+try:
+    import tiktoken
+    import torch
+
+    from heiretsu.data.tokenizer import load_tokenizer
+    from heiretsu.kernels import fused, plain
+    from heiretsu.model.generate import generate
+    from heiretsu.model.saved import load_model, newest
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: install the checkout first, with `pip install -e .` (or `make install`, which makes a .venv)")
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        device = find_device(args.device)
+        ops, kernels = (fused, fused.describe(device)) if args.fused else (plain, "plain PyTorch ops")
+        path = newest(args.checkpoint)
+        model, run = load_model(path, ops, device)
+        tokenizer = load_tokenizer(run["config"]["tokenizer"], args.vocab_dir)
+    except ValueError as error:
+        sys.exit(f"sample.py: error: {error}")
+    print(f"{path}: step {run['step']}; {kernels} on {device.type}", file=sys.stderr, flush=True)
+    prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
+    tokens = generate(model, prompt, args.num_tokens, args.temperature, args.top_k, args.seed)
+    print(args.prompt, end="", flush=True)
+    for text in decode(tokenizer, tokens):
+        print(text, end="", flush=True)
+    print()
+
+
+def decode(tokenizer: tiktoken.Encoding, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of the tokens up to an end of text, piece by piece, each with whole characters only."""
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        if token == tokenizer.eot_token:
+            break
+        yield utf8.decode(tokenizer.decode_single_token_bytes(token))
+    yield utf8.decode(b"", final=True)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of --device. ValueError if this machine has none."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind in available if available[kind]) if name == "auto" else name
+    if not available[name]:
+        raise ValueError(f"--device {name} is not available on this machine; try --device auto")
+    return torch.device(name)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="sample.py",
+        description="Generate text from any checkpoint on one device.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="one step's folder, or a run's, whose newest is taken")
+    add("--prompt", default="", help="what the text begins with; nothing: a new document")
+    add("--num_tokens", type=int, default=200, help="tokens to generate")
+    add("--temperature", type=float, default=0.8, help="divides the logits; 0: always the likeliest token")
+    add("--top_k", type=int, help="draw from so many of the likeliest tokens only; default: from all")
+    add("--seed", type=int, default=1337)
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--fused", action="store_true", help="run the fused kernels instead of plain PyTorch")
+    add("--vocab_dir", help="folder with GPT-2's encoder.json and vocab.bpe, where tiktoken cannot download them")
+    args = parser.parse_args(argv)
+    for name, low in (("num_tokens", 0), ("temperature", 0), ("top_k", 1)):
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            parser.error(f"--{name} {value} must be at least {low}")
+    return args
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,135 @@
+"""sample.py: text from the checkpoint of any mesh, the same every time, or one line that says what is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train as train_script
+from heiretsu.data.tokenizer import load_tokenizer
+from heiretsu.kernels import plain
+from heiretsu.model.build import build_engine
+from heiretsu.model.generate import generate
+from heiretsu.model.options import parse_args
+from heiretsu.model.saved import load_model, newest
+from heiretsu.parallel import checkpoint
+from tests.training import dataset
+
+SCRIPT = str(Path(__file__).parents[1] / "sample.py")
+FLAGS = "--n_layer 2 --n_head 2 --n_embed 16 --block_size 16 --batch_size 2 --learning_rate 0.05 --tokenizer bytes"
+MIXTURE = ("--num_experts", "2", "--moe_freq", "2")
+
+
+def save_two(mesh, folder: Path, flags: list[str]) -> dict[str, torch.Tensor]:
+    """Checkpoints after steps 1 and 2 of a small run. Returns this rank's first-layer norm, whole on every rank."""
+    config = parse_args([*FLAGS.split(), *flags], mesh.world.size)
+    engine = build_engine(config, mesh, plain)
+    data = dataset(config.model.vocab_size, config.model.block_size)
+    for step in (0, 1):
+        engine.step(train_script.read_batches(config, mesh, data, step))
+        checkpoint.save(folder, step + 1, engine, json.loads(config.to_json()), keep=2)
+    return {name: param.detach() for name, param in engine.params.items()}
+
+
+@pytest.fixture(scope="module")
+def dense(ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    return folder, ranks(save_two, folder, [])[0]
+
+
+def text(capsys, folder: Path, *flags: str) -> str:
+    sample.main(sample.parse_args(["--checkpoint", str(folder), "--device", "cpu", *flags]))
+    return capsys.readouterr().out
+
+
+def test_it_is_what_the_model_of_the_newest_checkpoint_says(capsys, dense):
+    folder, params = dense
+    path = newest(folder)
+    assert path.name == "step_00000002" and newest(path) == path
+    model, run = load_model(folder, plain)
+    assert run["step"] == 2 and not model.training
+    for name, param in model.named_parameters():
+        assert torch.equal(param, params[name]), name
+    tokenizer = load_tokenizer("bytes")
+    tokens = list(generate(model, tokenizer.encode_ordinary("The "), 30, temperature=0.9, top_k=20, seed=5))
+    assert tokenizer.eot_token not in tokens
+    flags = "--num_tokens 30 --temperature 0.9 --top_k 20 --seed 5".split()
+    assert text(capsys, folder, "--prompt", "The ", *flags) == "The " + tokenizer.decode(tokens) + "\n"
+
+
+def test_a_seed_repeats_itself_and_another_does_not(capsys, dense):
+    one, again, other = (text(capsys, dense[0], "--num_tokens", "40", "--seed", seed) for seed in "445")
+    assert one == again != other
+
+
+def test_the_likeliest_token_needs_no_seed(capsys, dense):
+    cold = [text(capsys, dense[0], "--temperature", "0", "--num_tokens", "9", "--seed", seed) for seed in "12"]
+    top_1 = text(capsys, dense[0], "--top_k", "1", "--num_tokens", "9")
+    assert cold == [top_1, top_1]
+
+
+@pytest.mark.parametrize(
+    "mesh, mixture", [({"tp": 2, "pp": 2}, ()), ({"ep": 2, "dp": 2}, MIXTURE)], ids=["dense", "mixture"]
+)
+def test_any_mesh_may_have_saved_it(ranks, capsys, tmp_path, mesh, mixture):
+    sizes = [f"--{name}={size}" for name, size in mesh.items()]
+    ranks(save_two, tmp_path, [*mixture, *sizes], **mesh)
+    alone = [*mixture, "--batch_size", str(2 * mesh.get("dp", 1) * mesh.get("ep", 1))]
+    ranks(save_two, tmp_path / "alone", alone)
+    flags = ["--prompt", "ab", "--num_tokens", "12", "--temperature", "0"]
+    assert text(capsys, tmp_path, *flags) == text(capsys, tmp_path / "alone", *flags)
+
+
+def test_fused_kernels_say_the_same(capsys, dense):
+    flags = ["--prompt", "ab", "--num_tokens", "12", "--temperature", "0"]
+    assert text(capsys, dense[0], *flags, "--fused") == text(capsys, dense[0], *flags)
+
+
+def test_characters_come_whole_and_the_end_of_text_ends_it():
+    tokenizer = load_tokenizer("bytes")
+    pieces = list(sample.decode(tokenizer, [*"é並".encode(), tokenizer.eot_token, *b"after"]))
+    assert pieces == ["", "é", "", "", "並", ""]
+    assert "".join(sample.decode(tokenizer, "並".encode()[:2])) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_piece_comes_before_the_next_token_is_made():
+    tokens = iter(b"ab")
+    assert next(sample.decode(load_tokenizer("bytes"), tokens)) == "a"
+    assert next(tokens) == ord("b")
+
+
+def test_the_command_line_keeps_the_text_apart_from_what_made_it(dense):
+    command = [sys.executable, SCRIPT, "--checkpoint", str(dense[0]), "--prompt", "Once", "--num_tokens", "5"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once") and done.stdout.endswith("\n")
+    assert "step_00000002: step 2; plain PyTorch ops on" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--checkpoint", "nowhere"], "nowhere: there is no such folder"),
+        (["--checkpoint", "."], ".: neither a complete checkpoint nor a folder that holds one"),
+        (["--checkpoint", "step_00000009"], "step_00000009: not a complete checkpoint: .metadata missing"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch, flags, complaint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "step_00000009").mkdir()
+    (tmp_path / "step_00000009" / "run.json").write_text("{}")
+    with pytest.raises(SystemExit) as exit:
+        sample.main(sample.parse_args([*flags, "--device", "cpu"]))
+    assert exit.value.code.startswith("sample.py: error: ") and complaint in exit.value.code
+    assert "\n" not in exit.value.code
+
+
+@pytest.mark.parametrize("flags", ["--num_tokens -1", "--temperature -0.1", "--temperature nan", "--top_k 0"])
+def test_numbers_that_mean_nothing_are_refused(capsys, flags):
+    with pytest.raises(SystemExit):
+        sample.parse_args(["--checkpoint", "x", *flags.split()])
+    assert f"error: {flags} must be at least" in capsys.readouterr().err
