@@ -94,6 +94,24 @@ def test_a_detached_output_fails():
         check(CASE, torch.float32, _forward_with(lambda y, total: (y, total.detach())))
 
 
+def test_an_output_may_carry_a_gradient_of_zero_that_plain_does_not_have():
+    def only_bias(generator, dtype):
+        inputs = _layer_norm_inputs(generator, dtype)
+        return {name: tensor.detach().requires_grad_(name == "bias") for name, tensor in inputs.items()}
+
+    def surplus(factor):
+        def forward(x, weight, bias, residual):
+            y, total = plain.layer_norm(x, weight, bias, residual=residual)
+            return y, total + factor * bias
+
+        return forward
+
+    case = Case("layer_norm", "only bias", "the sum does not depend on it", only_bias)
+    assert list(check(case, torch.float32, surplus(0.0))) == ["y", "total", "dbias"]
+    with pytest.raises(ParityError, match="total: "):
+        check(case, torch.float32, surplus(1.0))
+
+
 def test_another_dtype_fails():
     with pytest.raises(ParityError, match="y: is float32"):
         check(CASE, torch.bfloat16, _forward_with(lambda y, total: (y.float(), total)))

@@ -6,7 +6,7 @@ import torch
 from tests.kernels.cases import all_cases
 from tests.kernels.forms import triton_form
 from tests.kernels.interpreter.sanitizer import ORDERS, sanitize
-from tests.kernels.parity import Case, build, dtype_name, run
+from tests.kernels.parity import Case, build, dtype_name, run, same_bits
 
 SMALL = 1 << 13  # elements of all inputs together; the sanitizer looks at every access, so larger ones take long
 
@@ -30,10 +30,5 @@ def test_every_order_of_programs_gives_the_same_bits_and_no_finding(case: Case):
             results[order] = run(case, case.dtypes[0], triton_form(case.op))
     for order in ORDERS[1:]:
         for name, tensor in results["forward"].items():
-            other = results[order][name]
-            same = (
-                tensor is other is None
-                or torch.equal(tensor.isnan(), other.isnan())
-                and torch.equal(tensor.nan_to_num(), other.nan_to_num())
-            )
+            same = same_bits(tensor, results[order][name])
             assert same, f"{name} depends on the order of programs: {order} differs from forward"
