@@ -44,7 +44,8 @@ def _attention_backward(
         return tuple(grad.zero_() for grad in fakes)
     dropout = Dropout(dropout_p, seed, batch_offset, head_offset)
     grads = attention_backward.backward(dout, dlse, q, k, v, out, lse, causal, scale, dropout, need_dq, need_dkdv)
-    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+    dq, dk, dv = (q.new_empty(0) if grad is None else grad for grad in grads)
+    return dq, dk, dv
 
 
 @_attention_backward.register_fake
@@ -123,5 +124,7 @@ def _audit_case(arch, kernel, D):
         return launch.AuditCase(f"{kernel} D{D}", function, signature, constexprs | {"dlse_ptr": None}, **options)
     signature |= dict.fromkeys(("H", "T", "S", "batch_offset", "head_offset"), "i32") | {"seed": "i64"}
     constexprs |= dict(GROUP=1, CAUSAL=True, SCALE=D**-0.5, DROP_BELOW=0, KEEP_SCALE=1.0)
+    if D > 128:  # need only compile and fit; some compute a product twice, which the closed form does not know
+        return launch.AuditCase(f"{kernel} D{D}", function, signature, constexprs, **options, max_spill_bytes=256)
     loop_flops = 2 * products * blocks["BLOCK_M"] * blocks["BLOCK_N"] * block_d(D)
     return launch.AuditCase(f"{kernel} D{D}", function, signature, constexprs, **options, loop_flops=loop_flops)

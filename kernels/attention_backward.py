@@ -58,7 +58,7 @@ def _dkdv_of_queries(
     dk, dv, k, v, q_ptr, dout_ptr, lse_log2_ptr, delta_ptr, stride_qt, stride_qd, stride_ot, stride_od, start, end,
     num_diagonal, tail, first_key, T, shift, seed, head, batch, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
     SCALE_LOG2: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DV_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Add what query blocks start .. end-1 give to dk (still without the scale) and dv (without KEEP_SCALE).
 
@@ -90,8 +90,11 @@ def _dkdv_of_queries(
             keep = keep_mask(keys[:, None], rows[None, :], head, batch, seed, DROP_BELOW)
             dropped = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * KEEP_SCALE, 0.0)
-        ds = (p * (dp - delta[None, :])).to(q.dtype)  # before dv: frees the registers of dp
-        dv = dot_add(dv, dropped.to(dout.dtype), dout)
+        if DV_FIRST:
+            dv = dot_add(dv, dropped.to(dout.dtype), dout)
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        if not DV_FIRST:
+            dv = dot_add(dv, dropped.to(dout.dtype), dout)
         dk = dot_add(dk, ds, q)
     return dk, dv
 
@@ -108,6 +111,7 @@ def _dkdv_kernel(
     H, T, S, seed, batch_offset, head_offset,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, SCALE: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DV_FIRST: tl.constexpr,  # order of two independent steps: register allocation decides
 ):  # fmt: skip
     dtype: tl.constexpr = delta_ptr.dtype.element_ty
     num_blocks = tl.cdiv(S, BLOCK_N)
@@ -144,12 +148,14 @@ def _dkdv_kernel(
         dk, dv = _dkdv_of_queries(
             dk, dv, k, v, q_head, dout_head, lse_log2_ptr + at, delta_ptr + at, stride_qt, stride_qd, stride_ot,
             stride_od, first_block, masked_end, num_diagonal, whole, first_key, T, shift, seed, h + head_offset,
-            b + batch_offset, True, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            b + batch_offset, True, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE, D,
+            BLOCK_M, BLOCK_N, BLOCK_D, DV_FIRST,
         )  # fmt: skip
         dk, dv = _dkdv_of_queries(
             dk, dv, k, v, q_head, dout_head, lse_log2_ptr + at, delta_ptr + at, stride_qt, stride_qd, stride_ot,
             stride_od, unmasked, whole, num_diagonal, whole, first_key, T, shift, seed, h + head_offset,
-            b + batch_offset, False, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            b + batch_offset, False, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE, D,
+            BLOCK_M, BLOCK_N, BLOCK_D, DV_FIRST,
         )  # fmt: skip
     at = (batch * S * num_key_heads + kv) * D
     store_rows(dk_ptr + at, dk * SCALE, first_key, S, num_key_heads * D, BLOCK_N, D, BLOCK_D)

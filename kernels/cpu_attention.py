@@ -47,6 +47,7 @@ def _attention(
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf), keep
     dropout = Dropout(dropout_p, seed, batch_offset, head_offset)
+    q, k, v = map(_unit_stride, (q, k, v))
     blind = _blind_rows(q, k, causal)
     out[:, :, :blind], lse[:, :, :blind] = 0.0, -torch.inf
     for heads in _groups(q, k):
@@ -76,12 +77,12 @@ def _attention_backward(
     dq, dk, dv = _attention_backward_fake(dout, dlse, q, k, v, out, lse, keep, causal, scale, dropout_p)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
+    dout, q, k, v = map(_unit_stride, (dout, q, k, v))
     blind = _blind_rows(q, k, causal)
     dq[:, :, :blind] = 0.0
-    groups = _groups(q, k)
     wide = torch.promote_types(q.dtype, torch.float32)
     sums = [torch.zeros(k.shape, dtype=wide) for _ in range(2)]  # dk, dv
-    for heads in groups:
+    for heads in _groups(q, k):
         dout_, q_, out_, lse_, dq_ = (t[:, heads, blind:] for t in (dout, q, out, lse, dq))
         dlse_ = None if dlse is None else dlse[:, heads, blind:]
         if dropout_p == 0.0:
@@ -91,7 +92,7 @@ def _attention_backward(
                 total += grad
         else:
             keep_ = keep[:, heads, blind:]
-            _backward_blocks(dout_, dlse_, q_, k, v, out_, lse_, keep_, causal, scale, dropout_p, dq_, *sums)
+            _backward_blocks(dout_, dlse_, q_, k, v, lse_, keep_, causal, scale, dropout_p, dq_, *sums)
     dk.copy_(sums[0]), dv.copy_(sums[1])
     return dq, dk, dv
 
@@ -120,6 +121,11 @@ def _differentiate(ctx, dout, dlse, _):
 
 
 _attention.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _unit_stride(t):
+    """ATen's flash kernels read rows whose elements are not neighbours as if they were, without a word."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _blind_rows(q, k, causal) -> int:
@@ -198,17 +204,17 @@ def _forward_blocks(q, k, v, out, lse, keep, causal, scale, dropout, heads, blin
         torch.mm(p.to(v.dtype), v[b, h, keys], out=out[b, h, rows]).mul_(dropout.keep_scale)
 
 
-def _backward_blocks(dout, dlse, q, k, v, out, lse, keep, causal, scale, dropout_p, dq, dk, dv):
+def _backward_blocks(dout, dlse, q, k, v, lse, keep, causal, scale, dropout_p, dq, dk, dv):
     """Fill dq and add to dk and dv, in the order of the blocks."""
     shift = k.shape[2] - q.shape[2]
     keep_scale = 1.0 / (1.0 - dropout_p)
     for b, h, rows, keys in _blocks(q, k, causal):
         p = _scores(q[b, h], k[b, h], rows, keys, causal, scale, shift).sub_(lse[b, h, rows, None]).exp_()
         kept, do = keep[b, h, rows, keys], dout[b, h, rows]
-        delta = (do.to(p.dtype) * out[b, h, rows].to(p.dtype)).sum(-1, keepdim=True)
+        dp = (do @ v[b, h, keys].T).to(p.dtype).mul_(kept).mul_(keep_scale)
+        delta = (p * dp).sum(-1, keepdim=True)  # the whole row is here: no need for the rounded out
         if dlse is not None:
             delta -= dlse[b, h, rows, None]
-        dp = (do @ v[b, h, keys].T).to(p.dtype).mul_(kept).mul_(keep_scale)
         ds = dp.sub_(delta).mul_(p).mul_(scale).to(q.dtype)
         dv[b, h, keys] += (p.mul_(kept).mul_(keep_scale).to(do.dtype)).T @ do
         dk[b, h, keys] += ds.T @ q[b, h, rows]

@@ -19,8 +19,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # @triton.jit reads it once 
 TABLE: dict[str, dict[str, dict]] = {"ampere": {}, "hopper": {}, "blackwell": {}, "cdna3": {}, "interpreter": {}}
 
 
-def _tiles(block_m, block_n, num_warps, num_stages):
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
+def _tiles(block_m, block_n, num_warps, num_stages, **more):
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, **more)
 
 
 # Attention, by head dim. Behind an entry: the bound that the other pipes set to the tensor cores, registers / spilled
@@ -33,9 +33,9 @@ TABLE["ampere"] |= {
         256: _tiles(64, 64, 8, 2),  # .52, 255/0/1
     },
     "attention_dkdv": {
-        64: _tiles(64, 128, 8, 2),  # .76, 255/0/1; 4 warps 504 bytes spilled
-        128: _tiles(64, 64, 8, 2),  # .51, 170/0/1; 4 warps .83, but 80 bytes spilled
-        256: _tiles(32, 64, 8, 2),  # .35, 250/0/1; 64 x 64 .56, but 64 bytes spilled
+        64: _tiles(64, 128, 8, 2, DV_FIRST=True),  # .76, 255/0/1; 4 warps 504 bytes spilled
+        128: _tiles(32, 128, 8, 2, DV_FIRST=True),  # .72, 255/0/1; ds first 3624 bytes; 64 x 64 .83, but 104 bytes
+        256: _tiles(32, 64, 8, 2, DV_FIRST=False),  # .35, 250/0/1; 64 x 64 .56, but 64 bytes spilled
     },
     "attention_dq": {
         64: _tiles(128, 64, 8, 3),  # .80, 187/0/1; 4 warps 1.00, but 112 bytes spilled
@@ -50,9 +50,9 @@ TABLE["hopper"] |= {
         256: _tiles(128, 64, 8, 2),  # 1.00, 246/0/1
     },
     "attention_dkdv": {
-        64: _tiles(128, 128, 8, 3),  # .99, 254/0/1; 64 x 128 .88, held back by shared memory
-        128: _tiles(64, 128, 8, 2),  # .99, 254/0/1
-        256: _tiles(64, 64, 8, 2),  # .60, 255/216/1; 32 x 64 spills 48 bytes at .33
+        64: _tiles(128, 128, 8, 3, DV_FIRST=False),  # .99, 254/0/1; dv first 72 bytes; 64 x 128 .88: shared memory
+        128: _tiles(64, 128, 8, 2, DV_FIRST=False),  # .99, 254/0/1
+        256: _tiles(64, 64, 8, 2, DV_FIRST=False),  # .40, 255/216/1; 32 x 64 spills 48 bytes at .22
     },
     "attention_dq": {
         64: _tiles(128, 64, 8, 3),  # 1.00, 128/0/2
@@ -67,9 +67,9 @@ TABLE["blackwell"] |= {
         256: _tiles(128, 64, 8, 2),  # .66, 252/0/1
     },
     "attention_dkdv": {
-        64: _tiles(64, 128, 8, 2),  # .44, 215/0/1; 128 x 128 .50, but 312 bytes spilled
-        128: _tiles(64, 128, 8, 2),  # .57, 243/0/1
-        256: _tiles(64, 64, 8, 1),  # .50, 254/0/1
+        64: _tiles(64, 128, 8, 2, DV_FIRST=True),  # .44, 170/0/1, 215 with ds first; 128 x 128 .50, but 312 bytes
+        128: _tiles(64, 128, 8, 2, DV_FIRST=True),  # .57, 199/0/1, 243 with ds first
+        256: _tiles(64, 64, 8, 1, DV_FIRST=False),  # .50, 254/0/1
     },
     "attention_dq": {
         64: _tiles(128, 64, 8, 2),  # .67, 127/0/2
@@ -84,13 +84,13 @@ TABLE["cdna3"] |= {
         256: _tiles(128, 16, 4, 1),  # 1.00, 305/0/1, all 64 KB of LDS
     },
     "attention_dkdv": {
-        64: _tiles(32, 128, 4, 1),  # .72, 248/0/2; 64 keys compute S twice
-        128: _tiles(32, 128, 4, 1),  # 1.00, 360/0/1
-        256: _tiles(16, 32, 4, 1),  # .48, 242/0/2
+        64: _tiles(32, 128, 4, 1, DV_FIRST=False),  # .72, 248/0/2; 64 keys compute S twice
+        128: _tiles(32, 128, 4, 1, DV_FIRST=False),  # 1.00, 360/0/1
+        256: _tiles(16, 64, 4, 1, DV_FIRST=False),  # .87, 306/0/1; 128 queries spill 481 registers
     },
     "attention_dq": {
         64: _tiles(128, 32, 4, 1),  # .93, 166/0/3; 64 queries compute S twice
-        128: _tiles(64, 16, 4, 1),  # .69, 134/0/3
+        128: _tiles(128, 16, 4, 1),  # 1.00, 208/0/2; 64 queries compute S twice
         256: _tiles(64, 16, 4, 1),  # .84, 240/0/2
     },
 }
@@ -98,7 +98,11 @@ TABLE["cdna3"] |= {
 for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
     TABLE[_arch] |= {
         "attention_forward/fp32": {64: _tiles(64, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 16, 4, 1)},
-        "attention_dkdv/fp32": {64: _tiles(32, 32, 4, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 16, 4, 1)},
+        "attention_dkdv/fp32": {
+            64: _tiles(32, 32, 4, 1, DV_FIRST=True),
+            128: _tiles(32, 32, 8, 1, DV_FIRST=True),
+            256: _tiles(16, 16, 4, 1, DV_FIRST=True),
+        },
         "attention_dq/fp32": {64: _tiles(32, 32, 4, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 16, 4, 1)},
         "attention_delta": {
             64: dict(BLOCK_M=64, num_warps=4, num_stages=1),
@@ -109,14 +113,16 @@ for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
 TABLE["interpreter"] |= {
     "attention_forward": {None: _tiles(64, 32, 4, 1)},
     "attention_delta": {None: dict(BLOCK_M=64, num_warps=4, num_stages=1)},
-    "attention_dkdv": {None: _tiles(32, 64, 4, 1)},
+    "attention_dkdv": {None: _tiles(32, 64, 4, 1, DV_FIRST=True)},
     "attention_dq": {None: _tiles(64, 32, 4, 1)},
 }
 
-# Mixture of experts. 128x256x64 with 8 warps is bound by the tensor cores on A100, H100 and MI300X (1.00) and by shared
-# memory on B200 (.67); 128x128 stops at .8 on H100, 256x128 at .89. No configuration below spills.
+# Mixture of experts. 128x256 with 8 warps is bound by the tensor cores on A100, H100 and MI300X (1.00) and by shared
+# memory on B200 (.67); 128x128 stops at .8 on H100, 256x128 at .89. Nothing spills; A100 and H100 use 166 to 255
+# registers. Shared KB: A100 80 to 96, H100 and B200 144, MI300X 24 to 32. Sizes or strides that are no multiple of 16
+# make scalar loads, under which such a tile spills up to 4.8 KB a thread: they have a smaller one, which does not.
 for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
-    _stages = 2 if _arch == "cdna3" else 3  # 48 of 64 KB; elsewhere 144 KB, one program on an SM (A100: 96 KB)
+    _depth, _stages = (32, 2) if _arch == "cdna3" else (64, 3)
     TABLE[_arch] |= {
         "route": {
             16: dict(BLOCK_N=128, num_warps=4, num_stages=1),
@@ -130,9 +136,13 @@ for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
             256: dict(BLOCK=32, num_warps=4, num_stages=1),
             2048: dict(BLOCK=8, num_warps=4, num_stages=1),
         },
-        "grouped_gemm": {None: dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=_stages)},
+        "grouped_gemm": {
+            None: dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=_depth, GROUP_M=8, num_warps=8, num_stages=_stages)
+        },
+        "grouped_gemm_odd": {None: dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=2)},
         "grouped_gemm/fp32": {None: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=4, num_stages=2)},
-        "grouped_gemm_dw": {None: dict(BLOCK_A=128, BLOCK_B=256, BLOCK_R=64, num_warps=8, num_stages=_stages)},
+        "grouped_gemm_dw": {None: dict(BLOCK_A=128, BLOCK_B=256, BLOCK_R=_depth, num_warps=8, num_stages=_stages)},
+        "grouped_gemm_dw_odd": {None: dict(BLOCK_A=64, BLOCK_B=128, BLOCK_R=32, num_warps=8, num_stages=2)},
         "grouped_gemm_dw/fp32": {None: dict(BLOCK_A=64, BLOCK_B=64, BLOCK_R=16, num_warps=4, num_stages=2)},
         "moe_combine": {None: dict(BLOCK_N=16, BLOCK_C=256, num_warps=4, num_stages=1)},
         "moe_combine_backward": {None: dict(BLOCK_M=16, BLOCK_C=256, num_warps=4, num_stages=1)},
@@ -142,14 +152,16 @@ TABLE["interpreter"] |= {
     "route": {None: dict(BLOCK_N=32, num_warps=4, num_stages=1)},
     "routing_plan": {None: dict(BLOCK=64, num_warps=4, num_stages=1)},
     "grouped_gemm": {None: dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, GROUP_M=2, num_warps=4, num_stages=1)},
+    "grouped_gemm_odd": {None: dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, GROUP_M=2, num_warps=4, num_stages=1)},
     "grouped_gemm_dw": {None: dict(BLOCK_A=16, BLOCK_B=32, BLOCK_R=32, num_warps=4, num_stages=1)},
+    "grouped_gemm_dw_odd": {None: dict(BLOCK_A=16, BLOCK_B=32, BLOCK_R=32, num_warps=4, num_stages=1)},
     "moe_combine": {None: dict(BLOCK_N=16, BLOCK_C=32, num_warps=4, num_stages=1)},
     "moe_combine_backward": {None: dict(BLOCK_M=16, BLOCK_C=32, num_warps=4, num_stages=1)},
     "moe_sum_tiles": {None: dict(BLOCK_T=2, BLOCK_C=32, num_warps=4, num_stages=1)},
 }
 
-# bias_gelu. Headroom over DRAM at bf16, forward / backward: A100 2.23 / 1.98, H100 2.26 / 2.36, B200 1.18 / 1.39, MI300X
-# 1.11 / 1.50; 40 / 72 registers on H100. Twice the backward's tile costs 136 registers and gains nothing.
+# bias_gelu. Headroom over DRAM at bf16, forward / backward: A100 2.23 / 1.98, H100 2.26 / 2.36, B200 1.18 / 1.39,
+# MI300X 1.11 / 1.50; 40 / 72 registers on H100. Twice the backward's tile costs 136 registers and gains nothing.
 for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
     TABLE[_arch] |= {
         "bias_gelu_forward": {None: dict(BLOCK_N=8, BLOCK_F=512, num_warps=4, num_stages=1)},
@@ -160,9 +172,9 @@ TABLE["interpreter"] |= {
     "bias_gelu_backward": {None: dict(ROWS=16, BLOCK_N=8, BLOCK_F=32, num_warps=4, num_stages=1)},
 }
 
-# layer_norm, by C: a program holds BLOCK_N whole rows of next_power_of_2(C) values in registers. At C = 768, forward /
-# backward, headroom: A100 3.95 / 2.48, H100 3.55 / 2.43, B200 1.86 / 1.28, MI300X 2.50 / 1.96; 48 / 64 registers on H100,
-# 126 at most at C = 8192, no spills.
+# layer_norm, by C: a program holds BLOCK_N whole rows of next_power_of_2(C) values in registers. Headroom at C = 768,
+# forward / backward: A100 3.95 / 2.48, H100 3.55 / 2.43, B200 1.86 / 1.28, MI300X 2.50 / 1.96; 48 / 64 registers on
+# H100, 126 at most at C = 8192, no spills.
 for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
     TABLE[_arch] |= {
         "layer_norm_forward": {
@@ -189,17 +201,35 @@ for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
     TABLE[_arch] |= {"dropout": {None: dict(BLOCK_N=4, BLOCK_C=256, num_warps=4, num_stages=1)}}
 TABLE["interpreter"] |= {"dropout": {None: dict(BLOCK_N=8, BLOCK_C=32, num_warps=4, num_stages=1)}}
 
-# linear_cross_entropy.
-for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
+# linear_cross_entropy, at bf16, C = 768. Bound on tensor-core use (bytes spilled by a thread, all behind the hot loop):
+# lse, dlogits, dx, dweight. A100 1.0 (24), 1.0 (16), 1.0 (64), 1.0; H100 1.0, 1.0 (8), 1.0, 1.0; B200 .50, .50,
+# .67 (264), .67 (160); MI300X 1.0 each. 128 x 256 tiles, for 128 x 128 are held back by shared memory on H100 (.80); on
+# B200 the two kernels with a long epilogue spill 288 and 104 bytes at 256. float32 has no tensor cores without TF32.
+_BUFFER = dict(
+    BUFFER_ELEMENTS=1 << 26
+)  # dlogits of a block of the vocabulary: 128 MiB in bf16, 8192 words of 8192 tokens
+for _arch, _lse, _dlogits, _gemm in (
+    ("ampere", (256, 8, 3), (256, 8, 3), (256, 64, 3)),
+    ("hopper", (256, 8, 3), (256, 8, 3), (256, 64, 3)),
+    ("blackwell", (128, 4, 3), (128, 8, 3), (256, 64, 3)),
+    ("cdna3", (128, 8, 2), (128, 8, 2), (128, 64, 2)),
+):
+    _keys = ("BLOCK_V", "num_warps", "num_stages")
+    _small = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_C=16, num_warps=4, num_stages=2)
     TABLE[_arch] |= {
         "linear_cross_entropy_lse": {
-            None: dict(SPLIT_V=2048, BLOCK_N=128, BLOCK_V=256, BLOCK_C=64, num_warps=8, num_stages=3)
+            None: dict(SPLIT_V=2048, BLOCK_N=128, BLOCK_C=64) | dict(zip(_keys, _lse, strict=True))
         },
+        "linear_cross_entropy_lse/fp32": {None: dict(SPLIT_V=2048) | _small},
         "linear_cross_entropy_combine": {None: dict(BLOCK_N=128, num_warps=4, num_stages=1)},
         "linear_cross_entropy_dlogits": {
-            None: dict(BUFFER_ELEMENTS=1 << 26, BLOCK_N=128, BLOCK_V=256, BLOCK_C=64, num_warps=8, num_stages=3)
+            None: _BUFFER | dict(BLOCK_N=128, BLOCK_C=64) | dict(zip(_keys, _dlogits, strict=True))
         },
-        "linear_cross_entropy_gemm": {None: dict(BLOCK_M=128, BLOCK_C=256, BLOCK_K=64, num_warps=8, num_stages=3)},
+        "linear_cross_entropy_dlogits/fp32": {None: _BUFFER | _small},
+        "linear_cross_entropy_gemm": {
+            None: dict(BLOCK_M=128, num_warps=8) | dict(zip(("BLOCK_C", "BLOCK_K", "num_stages"), _gemm, strict=True))
+        },
+        "linear_cross_entropy_gemm/fp32": {None: dict(BLOCK_M=64, BLOCK_C=64, BLOCK_K=16, num_warps=4, num_stages=2)},
     }
 TABLE["interpreter"] |= {
     "linear_cross_entropy_lse": {None: dict(SPLIT_V=64, BLOCK_N=32, BLOCK_V=32, BLOCK_C=16, num_warps=4, num_stages=1)},
@@ -218,8 +248,8 @@ class AuditCase:
     A kernel file's audit_cases(arch) lists its own for one architecture class (a key of TABLE, as `lookup` takes it).
     signature: Triton type of each run-time argument ("*bf16:16", "i32"; ":16" says divisible by 16). constexprs: the
     rest, strides of 1 included. The bars: max_spill_bytes a thread; min_bound, the least share of the tensor cores'
-    (or, without a dot, of the memory's) peak that the hot loop's other pipes leave possible; loop_flops, what one iteration
-    of the hot loop computes by closed form, which shows that the audit read the right loop.
+    (or, without a dot, of the memory's) peak that the hot loop's other pipes leave possible; loop_flops, what one
+    iteration of the hot loop computes by closed form, which shows that the audit read the right loop.
     """
 
     name: str
