@@ -96,7 +96,7 @@ def _language_reference() -> dict[str, bytes]:
 
 def _join(documents: dict[str, bytes], encoding: tiktoken.Encoding | None) -> Split:
     end_of_text = np.array([END_OF_TEXT if encoding is None else encoding.eot_token], dtype=np.uint16)
-    parts = []
+    parts: list[np.ndarray] = []
     for text in documents.values():
         if encoding is None or encoding.name == "bytes":  # no need to go through Unicode
             ids = np.frombuffer(text, dtype=np.uint8)

@@ -200,7 +200,8 @@ def _expert_mlp(
     (E, C, F), num_rows = w1.shape, experts.numel()
     h, y = x.new_empty(num_rows if save else 0, F), x.new_empty(num_rows, C)
     if not (num_rows and C and E):
-        plan = (torch.zeros(shape, dtype=torch.int32, device=x.device) for shape in (num_rows, experts.shape, E + 1))
+        shapes = (num_rows, experts.shape, E + 1)
+        plan = RoutingPlan(*(torch.zeros(shape, dtype=torch.int32, device=x.device) for shape in shapes))
         return x.new_zeros(x.shape), h, y, *plan
     plan = routing.make_plan(experts, E)
     a = x.new_empty(num_rows, F)
@@ -238,10 +239,10 @@ def _expert_mlp_backward(
     """(dx, dgates, dw1, db1, dw2, db2); the gradient of an absent bias is empty."""
     (E, C, _), plan = w1.shape, RoutingPlan(order, slot_rows, offsets)
     if not (order.numel() and C and E):
-        zeros = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, gates, w1))
+        dx, dgates, dw1 = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, gates, w1))
         empty = x.new_empty(0, dtype=torch.float32)
         db1, db2 = (empty if b is None else b.new_zeros(b.shape) for b in (b1, b2))
-        return *zeros, db1, w2.new_zeros(w2.shape), db2
+        return dx, dgates, dw1, db1, w2.new_zeros(w2.shape), db2
     dout, gates = dout.contiguous(), gates.contiguous()
     dgates, db2_parts, tile_rows = _combine_backward(dout, y, gates, plan, b2 is not None)
     db2 = _sum_tiles(db2_parts, tile_rows, b2, plan)

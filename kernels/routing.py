@@ -186,7 +186,7 @@ def make_plan(experts: torch.Tensor, num_experts: int) -> RoutingPlan:
     device, num_slots = experts.device, experts.numel()
     meta = launch.parameters("routing_plan", device, num_experts + 1)
     num_blocks = triton.cdiv(num_slots, meta["BLOCK"])
-    int32 = dict(dtype=torch.int32, device=device)
+    int32: dict = dict(dtype=torch.int32, device=device)
     counts = torch.empty(num_experts + 1, num_blocks, **int32)
     plan = RoutingPlan(
         torch.empty(num_slots, **int32), torch.empty(experts.shape, **int32), torch.empty(num_experts + 1, **int32)
