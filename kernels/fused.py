@@ -15,6 +15,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from heiretsu.kernels import attention as triton_attention
     from heiretsu.kernels import bias_gelu as triton_bias_gelu
+    from heiretsu.kernels import cross_entropy as triton_cross_entropy
     from heiretsu.kernels import dropout as triton_dropout
     from heiretsu.kernels import launch, moe
     from heiretsu.kernels import layer_norm as triton_layer_norm
@@ -59,4 +60,8 @@ expert_mlp = _choose("expert_mlp", cpu_moe.expert_mlp, moe.expert_mlp if HAS_TRI
 bias_gelu = _choose("bias_gelu", cpu_pointwise.bias_gelu, triton_bias_gelu.bias_gelu if HAS_TRITON else None)
 dropout = _choose("dropout", cpu_pointwise.dropout, triton_dropout.dropout if HAS_TRITON else None)
 layer_norm = _choose("layer_norm", cpu_pointwise.layer_norm, triton_layer_norm.layer_norm if HAS_TRITON else None)
-linear_cross_entropy = _choose("linear_cross_entropy", cpu_cross_entropy.linear_cross_entropy, None)
+linear_cross_entropy = _choose(
+    "linear_cross_entropy",
+    cpu_cross_entropy.linear_cross_entropy,
+    triton_cross_entropy.linear_cross_entropy if HAS_TRITON else None,
+)
