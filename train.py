@@ -36,6 +36,7 @@ from heiretsu.data.tokenizer import load_tokenizer
 from heiretsu.kernels import fused, plain
 from heiretsu.model.build import build_engine, count_parameters
 from heiretsu.model.generate import generate
+from heiretsu.model.gpt import GPT
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.collectives import all_reduce
 from heiretsu.parallel.engine import Engine, StepReport
@@ -307,7 +308,9 @@ def find_tokenizer(config: RunConfig, mesh: Mesh):
 
 def sample(config: RunConfig, engine: Engine, tokenizer) -> str:
     """A piece of text by the trained model, after an end-of-text."""
-    tokens = generate(engine.chunks[0], [tokenizer.eot_token], config.sample_tokens, temperature=0.8, seed=config.seed)
+    model = engine.chunks[0]
+    assert isinstance(model, GPT)
+    tokens = generate(model, [tokenizer.eot_token], config.sample_tokens, temperature=0.8, seed=config.seed)
     return "--- sample ---\n" + tokenizer.decode(list(tokens)) + "\n---"
 
 

@@ -121,7 +121,10 @@ def abstract_mesh(dp=1, ep=1, pp=1, tp=1, rank: int = 0, device: str | torch.dev
     if column.size > 1 and column.index in (0, column.size - 1):
         ends = Axis("ends", 2, int(column.index > 0), (column.ranks[0], column.ranks[-1]))
     return Mesh(
-        **{name: line(name, (name,)) for name in AXIS_NAMES},
+        dp=line("dp", ("dp",)),
+        ep=line("ep", ("ep",)),
+        pp=column,
+        tp=line("tp", ("tp",)),
         replica=line("replica", ("dp", "ep")),
         ends=ends,
         pp_back=line("pp_back", ("pp",)),
