@@ -7,6 +7,7 @@ figures beside an entry are the reason for it.
 import contextlib
 import contextvars
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -255,7 +256,7 @@ class AuditCase:
     name: str
     fn: object  # the @triton.jit function
     signature: dict[str, str]
-    constexprs: dict[str, object]
+    constexprs: Mapping[str, object]
     num_warps: int
     num_stages: int
     max_spill_bytes: int = 0
