@@ -16,7 +16,8 @@ backward of GELU, which writes the hidden gradient, the gated activation for the
 bias sums.
 
 All arithmetic accumulates in float32 (float64 for float64), float32 products are not rounded to TF32, sums run in a
-fixed order, and there are no atomics. Table entries: grouped_gemm, grouped_gemm_dw.
+fixed order, and there are no atomics. Table entries: grouped_gemm, grouped_gemm_dw, and the
+same with _odd.
 
 R rows, N tokens, E experts, K experts per token; depth is the dim that a product sums over, cols the other of a weight.
 """
@@ -250,6 +251,12 @@ def _weight_gradient_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)  # zeros for an expert without rows
 
 
+def _parameters(entry, a, *sizes):
+    """The table's entry; the one for odd shapes where a size or stride of 16-bit operands is no multiple of 16."""
+    odd = a.element_size() == 2 and any(size % 16 for size in (*sizes, *a.stride()) if size != 1)
+    return launch.parameters(f"{entry}_odd" if odd else entry, a.device, itemsize=a.element_size())
+
+
 def row_tile_bound(num_rows: int, num_experts: int, block: int) -> int:
     """The most row tiles that num_rows rows can need, however they fall on the experts."""
     return (num_rows + min(num_experts, num_rows) * (block - 1)) // block
@@ -267,7 +274,7 @@ def grouped_gemm(
     tile; else (None, 0).
     """
     num_rows, (E, depth, cols) = plan.order.numel(), w.shape
-    meta = launch.parameters("grouped_gemm", a.device, itemsize=a.element_size())
+    meta = _parameters("grouped_gemm", a, cols, depth, *w.stride())
     tiles = row_tile_bound(num_rows, E, meta["BLOCK_M"])
     accumulator = torch.promote_types(a.dtype, torch.float32)
     dbias = torch.empty(tiles, cols, dtype=accumulator, device=a.device) if want_dbias else None
@@ -290,7 +297,7 @@ def weight_gradients(a, b, plan, like, *, gather_a=False, gather_b=False):
     E, num_a, num_b = out.shape
     if out.numel():
         by_size = plan.offsets.diff().argsort(descending=True, stable=True)
-        meta = launch.parameters("grouped_gemm_dw", a.device, itemsize=a.element_size())
+        meta = _parameters("grouped_gemm_dw", a, num_a, num_b, *b.stride())
         meta |= dict(TOP_K=plan.top_k, GATHER_A=gather_a, GATHER_B=gather_b)
         meta["ACC"] = triton_dtype(torch.promote_types(a.dtype, torch.float32))
         grid = (E * triton.cdiv(num_a, meta["BLOCK_A"]) * triton.cdiv(num_b, meta["BLOCK_B"]),)
@@ -325,7 +332,7 @@ def audit_cases(arch: str) -> list[AuditCase]:
         signature |= dict(num_cols="i32:16", depth="i32:16", num_experts="i32", row_tiles="i32")
         signature |= dict(stride_am="i32:16", stride_we="i32:16")
         signature["stride_wn" if transposed else "stride_wk"] = "i32:16"
-        constexprs = {"stride_ak": 1, "stride_wk" if transposed else "stride_wn": 1}
+        constexprs: dict = {"stride_ak": 1, "stride_wk" if transposed else "stride_wn": 1}
         constexprs |= dict(TOP_K=AUDIT_TOP_K, GATHER=gather, EPILOGUE=epilogue, WRITE_OUT=True, EVEN_K=True)
         constexprs |= dict(HAS_BIAS=name != "dx (dh W1^T)", ACC=tl.float32, E_PAD=AUDIT_E_PAD)
         flops = 2 * meta["BLOCK_M"] * meta["BLOCK_N"] * meta["BLOCK_K"]

@@ -1,0 +1,302 @@
+"""route and expert_mlp beyond parity: the plan, host syncs, memory, determinism, tracing, and what they refuse."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from heiretsu.kernels import cpu_moe, plain
+from tests.kernels import forms
+
+triton_only = pytest.mark.triton
+if forms.HAS_TRITON:
+    from heiretsu.kernels import grouped_gemm, launch, moe, routing
+
+few_examples = settings(max_examples=25, deadline=None, database=None)
+
+
+def arguments(N=7, C=8, F=12, E=3, K=2, dtype=torch.float32, device="cpu", biases=True, experts=None, seed=0):
+    """Positional arguments of expert_mlp; all floats want gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype).to(device).requires_grad_()
+
+    if experts is None:
+        experts = torch.randint(0, E, (N, K), generator=generator)
+    b1, b2 = (leaf(E, F), leaf(E, C)) if biases else (None, None)
+    return [leaf(N, C), experts.to(device), leaf(N, K), leaf(E, C, F), b1, leaf(E, F, C), b2]
+
+
+def floats(values):
+    return [v for v in values if v is not None and v.is_floating_point()]
+
+
+def run(op, values):
+    """Output and gradients of `op` for a cotangent of ones."""
+    out = op(*values)
+    return [out, *torch.autograd.grad(out.sum(), floats(values))]
+
+
+# The routing plan
+
+
+@st.composite
+def routings(draw):
+    """(indices (N, K), E): even, skewed, one-hot and empty experts all come up; some indices belong to nobody."""
+    E, K, N = draw(st.integers(1, 9)), draw(st.integers(1, 3)), draw(st.integers(1, 60))
+    experts = draw(st.lists(st.integers(-1, E), min_size=1, max_size=4))
+    picks = draw(st.lists(st.sampled_from(experts), min_size=N * K, max_size=N * K))
+    return torch.tensor(picks).view(N, K), E
+
+
+@triton_only
+@few_examples
+@given(routings())
+def test_plan_is_the_stable_sort_by_expert(routing_case):
+    experts, E = routing_case
+    plan = routing.make_plan(experts.to(forms.TRITON_DEVICE), E)
+    flat = experts.flatten()
+    inside = (flat >= 0) & (flat < E)
+    key = torch.where(inside, flat, E)
+    order = key.sort(stable=True).indices
+    assert plan.order.cpu().tolist() == order.tolist()
+    assert plan.offsets.cpu().tolist() == [int((key < e).sum()) for e in range(E + 1)]
+    rows = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel()))
+    assert plan.slot_rows.cpu().flatten().tolist() == torch.where(inside, rows, -1).tolist()
+
+
+@triton_only
+@settings(few_examples, max_examples=4)
+@given(routings())
+def test_expert_mlp_agrees_with_plain_for_any_routing(routing_case):
+    experts, E = routing_case
+    values = arguments(len(experts), 5, 6, E, experts.shape[1], torch.float64, forms.TRITON_DEVICE, experts=experts)
+    for ours, expected in zip(run(moe.expert_mlp, values), run(plain.expert_mlp, values), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@triton_only
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=12), st.sampled_from([1, 16, 128]))
+def test_row_tile_bound_holds_for_every_load(counts, block):
+    needed = sum(-(-count // block) for count in counts)
+    assert needed <= grouped_gemm.row_tile_bound(sum(counts), len(counts), block)
+
+
+@triton_only
+@pytest.mark.parametrize(("counts", "block"), [([1, 1, 1], 16), ([17, 1, 1], 16), ([0, 129], 128), ([5], 1)])
+def test_row_tile_bound_is_reached(counts, block):
+    needed = sum(-(-count // block) for count in counts)
+    assert needed == grouped_gemm.row_tile_bound(sum(counts), len([c for c in counts if c]), block)
+
+
+# No host sync, no memory that is not needed
+
+
+class NoHostSync(TorchDispatchMode):
+    """Raises where a tensor's values would have to reach the host: in Python numbers, or in another tensor's shape."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, f"{name} waits for the device"
+        assert name != "index" or all(i is None or i.dtype != torch.bool for i in args[1]), "a boolean mask waits"
+        return function(*args, **(kwargs or {}))
+
+
+@triton_only
+def test_forward_and_backward_do_not_wait_for_the_device(triton_device):
+    values = arguments(device=triton_device)
+    logits = torch.randn(7, 3, device=triton_device, requires_grad=True)
+    if triton_device == "cuda":
+        run(moe.expert_mlp, values)  # compiling may wait
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with NoHostSync():
+            gates, experts = moe.route(logits, 2)
+            out = moe.expert_mlp(values[0], experts, gates, *values[3:])
+            torch.autograd.grad(out, [logits, *floats(values[:1] + values[3:])], torch.ones_like(out))
+    finally:
+        if triton_device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_watch_for_host_syncs_sees_plain_wait():
+    with pytest.raises(AssertionError, match="waits"), NoHostSync():
+        plain.expert_mlp(*arguments())
+
+
+@triton_only
+def test_pre_activations_are_kept_only_for_a_backward(triton_device):
+    values = arguments(device=triton_device)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        moe.expert_mlp(*values)
+    assert kept.count((14, 12)) == 1  # h, and not its GELU beside it
+    op = torch.ops.heiretsu.expert_mlp
+    assert op(*values, False)[1].numel() == 0
+    with torch.no_grad():
+        assert torch.equal(moe.expert_mlp(*values), op(*values, True)[0])
+
+
+# Determinism
+
+
+@triton_only
+def test_results_repeat_bit_for_bit(triton_device):
+    values = arguments(40, 8, 12, 3, 2, torch.bfloat16, triton_device)
+    for first, second in zip(run(moe.expert_mlp, values), run(moe.expert_mlp, values), strict=True):
+        assert torch.equal(first, second)
+
+
+@triton_only
+def test_a_token_does_not_depend_on_the_others(triton_device):
+    values = arguments(40, 8, 12, 3, 2, device=triton_device)
+    whole = moe.expert_mlp(*values)
+    part = moe.expert_mlp(*(v[11:30] for v in values[:3]), *values[3:])
+    assert torch.equal(part, whole[11:30])
+
+
+@triton_only
+def test_weight_gradients_of_float32_masters_are_not_rounded(triton_device):
+    x, experts, gates, w1, b1, w2, b2 = arguments(33, 8, 12, 2, 1, torch.float32, triton_device)
+    x, gates = x.detach().bfloat16(), gates.detach().bfloat16()
+    out = moe.expert_mlp(x, experts, gates, w1, b1, w2, b2)
+    for name, grad in zip(("dw1", "db1", "dw2", "db2"), torch.autograd.grad(out.sum(), (w1, b1, w2, b2)), strict=True):
+        assert grad.dtype == torch.float32
+        assert not torch.equal(grad, grad.bfloat16().float()), name
+
+
+# Tracing
+
+
+@triton_only
+@pytest.mark.parametrize("biases", [True, False])
+def test_expert_mlp_passes_opcheck(triton_device, biases):
+    values = arguments(device=triton_device, biases=biases)
+    torch.library.opcheck(torch.ops.heiretsu.expert_mlp.default, (*values, True))
+
+
+@triton_only
+def test_route_passes_opcheck(triton_device):
+    logits = torch.randn(5, 3, device=triton_device, requires_grad=True)
+    torch.library.opcheck(torch.ops.heiretsu.route.default, (logits, 2))
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_cpu_form_passes_opcheck(biases):
+    torch.library.opcheck(torch.ops.heiretsu.cpu_expert_mlp.default, tuple(arguments(biases=biases)))
+
+
+def layer_compiles(ops, device):
+    """A routed layer under torch.compile(fullgraph=True) gives the values and gradients that it gives without."""
+    x, _, _, *weights = arguments(device=device)
+    router = torch.randn(8, 3, device=device, requires_grad=True)
+
+    def layer(x, router, *weights):
+        gates, experts = ops.route(x @ router, 2)
+        return ops.expert_mlp(x, experts, gates, *weights)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    values = [x, router, *weights]
+    for got, expected in zip(run(compiled, values), run(layer, values), strict=True):
+        assert torch.equal(got, expected)
+
+
+@triton_only
+def test_layer_compiles_in_one_graph(triton_device):
+    layer_compiles(moe, triton_device)
+
+
+def test_layer_of_cpu_forms_compiles_in_one_graph():
+    layer_compiles(cpu_moe, "cpu")
+
+
+if forms.INTERPRETED:  # float64 runs there only
+
+    @triton_only
+    def test_gradients_are_those_of_finite_differences():
+        x, experts, gates, *weights = arguments(4, 3, 4, 2, 2, torch.float64)
+        logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+        def layer(x, gates, *weights):
+            return moe.expert_mlp(x, experts, gates, *weights)
+
+        assert torch.autograd.gradcheck(layer, (x, gates, *weights), fast_mode=True)
+        assert torch.autograd.gradcheck(lambda logits: moe.route(logits, 2)[0], (logits,), fast_mode=True)
+
+
+# What they refuse
+
+
+@triton_only
+@pytest.mark.parametrize("top_k", [0, 4, -1])
+def test_route_refuses_a_top_k_outside_the_experts(triton_device, top_k):
+    with pytest.raises(ValueError, match=rf"top_k={top_k} is outside 1..3"):
+        moe.route(torch.zeros(2, 3, device=triton_device), top_k)
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_cpu_route_refuses_a_top_k_outside_the_experts(top_k):
+    with pytest.raises(ValueError, match=rf"top_k={top_k} is outside 1..3"):
+        cpu_moe.route(torch.zeros(2, 3), top_k)
+
+
+@triton_only
+@pytest.mark.parametrize("logits", [torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)], ids=["3d", "int"])
+def test_route_refuses_other_logits(triton_device, logits):
+    with pytest.raises(ValueError, match="expected floats of shape"):
+        moe.route(logits.to(triton_device), 1)
+
+
+@triton_only
+@pytest.mark.parametrize(
+    ("position", "edit", "message"),
+    [
+        (0, lambda x: x[:, :-1], r"x is \(7, 7\), expected \(7, 8\)"),
+        (0, lambda x: x[None], r"expected \(N, C\), \(N, K\), \(E, C, F\)"),
+        (1, lambda experts: experts[:-1], r"experts is \(6, 2\), expected \(7, 2\)"),
+        (1, lambda experts: experts.float(), "experts are torch.float32, expected int64 or int32"),
+        (2, lambda gates: gates[:, :1], r"gates is \(7, 1\), expected \(7, 2\)"),
+        (2, lambda gates: gates.long(), "gates is torch.int64, expected a float dtype"),
+        (4, lambda b1: b1[:, 1:], r"b1 is \(3, 11\), expected \(3, 12\)"),
+        (5, lambda w2: w2.transpose(1, 2), r"w2 is \(3, 8, 12\), expected \(3, 12, 8\)"),
+        (6, lambda b2: b2[:1], r"b2 is \(1, 8\), expected \(3, 8\)"),
+    ],
+)
+def test_expert_mlp_says_which_tensor_does_not_fit(triton_device, position, edit, message):
+    values = [None if v is None else v.detach() for v in arguments(device=triton_device)]
+    values[position] = edit(values[position])
+    with pytest.raises(ValueError, match=message):
+        moe.expert_mlp(*values)
+
+
+if forms.HAS_TRITON and not forms.INTERPRETED:  # in the interpreter CPU tensors are what it takes
+
+    def test_triton_form_refuses_cpu_tensors_and_names_the_other():
+        with pytest.raises(ValueError, match="heiretsu.kernels.fused.expert_mlp"):
+            moe.expert_mlp(*arguments())
+
+
+@triton_only
+def test_second_backward_is_an_error_not_a_wrong_number(triton_device):
+    values = arguments(device=triton_device)
+    (dx,) = torch.autograd.grad(moe.expert_mlp(*values).sum(), values[:1], create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(dx.sum(), values[3:4])
+
+
+@triton_only
+def test_every_architecture_routes_up_to_2048_experts():
+    for arch in ("ampere", "hopper", "blackwell", "cdna3"):
+        for kernel in ("route", "routing_plan"):
+            assert launch.lookup(kernel, arch, 2048)["num_warps"] == 4
+            with pytest.raises(ValueError, match="2049 is larger than 2048"):
+                launch.lookup(kernel, arch, 2049)
