@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from .numerics import FLOAT, UNSIGNED
+from .numerics import UNSIGNED
 from .parser import bits_of
 from .translate import dtype_of, opcode
 
@@ -197,7 +197,7 @@ def _one_float(t, op):
         result = f"ftz(np.asarray({result}))"
     if op.has("sat"):
         result = f"np.clip(np.nan_to_num({result}),0,1)"
-    t.write(op.operands[0], f"np.asarray({result}).astype(np.{np.dtype(FLOAT[bits_of(op.type)])})", op.type)
+    t.write(op.operands[0], f"np.asarray({result}).astype(np.float16)" if op.type == "f16" else result, op.type)
 
 
 def _packed_f32(t, op):
