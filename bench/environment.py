@@ -31,7 +31,8 @@ def as_text(facts: dict[str, str]) -> str:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, driver of {torch.version.cuda}"
+        runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {runtime}"
     return f"CPU, {platform.machine()}"
 
 

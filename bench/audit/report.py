@@ -143,8 +143,10 @@ Written by `python bench/kernels.py --audit --arch {",".join(archs)} --output be
 
 {LEGEND}
 
-The closed-form check: FLOPs and bytes an iteration of GEMMs that are known, and the FLOPs that each case states for its
-own hot loop. {outcome}
+Checked by closed form: FLOPs and bytes an iteration of GEMMs that are known, and the FLOPs that a case states for its
+hot loop.
+
+{outcome}
 
 {as_text(verdicts, tables.markdown)}
 """

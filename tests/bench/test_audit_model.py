@@ -1,11 +1,12 @@
 """The parts of the audit that need no compiler: control flow, pipe costs, occupancy, which bars hold."""
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from heiretsu.bench.audit import bars, model
+from heiretsu.bench.audit import bars, model, report
 from heiretsu.bench.audit.disassembly import Instruction, decode_tcgen05_shape, parse_amd
 from heiretsu.bench.audit.loops import natural_loops
 from heiretsu.bench.audit.machines import KIB, machine
@@ -136,3 +137,21 @@ def test_bar_without_a_case_is_reported():
     assert bars.unused(["gelu forward"], "sm_90", (BAR,)) == []
     assert len(bars.unused(["layer norm"], "sm_90", (BAR,))) == 1
     assert bars.unused(["layer norm"], "sm_80", (BAR,)) == []
+
+
+def test_a_case_that_two_files_list_is_taken_once():
+    jobs = report.choose(["tests.bench.audit_kernels"] * 2, ["sm_90"], quick=False)
+    names = [job.case_name for job in jobs]
+    assert len(names) == len(set(names)) == 10
+
+
+def test_one_name_for_two_cases_is_refused():
+    path = str(Path(__file__).with_name("audit_kernels.py"))
+    with pytest.raises(ValueError, match="other cases have the same names on sm_90: sound"):
+        report.choose(["tests.bench.audit_kernels", path], ["sm_90"], quick=False)
+
+
+def test_quick_takes_every_case_on_one_machine_and_the_first_elsewhere():
+    jobs = report.choose(["tests.bench.audit_kernels"], ["sm_80", "sm_90"], quick=True)
+    assert [job.arch for job in jobs].count("sm_90") == 10
+    assert [job.case_name for job in jobs if job.arch == "sm_80"] == ["sound"]
