@@ -68,16 +68,17 @@ TRAINING_CONFIG: dict[str, object] = {
     "run_name": "gpt2-medium-8x2-dp2-tp2",
 }
 
-# Dense bf16 TFLOP/s by the makers' data sheets; dollars an hour of one GPU by Modal's list when this was written.
+# Dense bf16 TFLOP/s and GB by the makers' data sheets; dollars a GPU hour by Modal's list when this was written.
 GPUS = {
-    "L40S": (362, 1.95),
-    "A100-40GB": (312, 2.10),
-    "A100-80GB": (312, 2.50),
-    "H100": (989, 3.95),
-    "H200": (989, 4.54),
-    "B200": (2250, 6.25),
+    "L40S": (362, 48, 1.95),
+    "A100-40GB": (312, 40, 2.10),
+    "A100-80GB": (312, 80, 2.50),
+    "H100": (989, 80, 3.95),
+    "H200": (989, 141, 4.54),
+    "B200": (2250, 180, 6.25),
 }
 GPUS_PER_CONTAINER = 8
+STATE_BYTES = 16  # of a parameter: itself, its gradient and AdamW's two moments, float32 each
 ASSUMED_MFU = 0.25  # a guess to budget by, not a measurement; the run prints its own
 START_UP_MINUTES = 5  # a container, the first compilation of the kernels, evaluations
 SECONDS_TO_SAVE = 25  # of the 30 that Modal leaves a preempted container
@@ -123,12 +124,27 @@ def checked(config: Mapping[str, object], gpu: str) -> RunConfig:
         sys.exit(f"GPU {gpu!r} is none of {', '.join(GPUS)}")
     if gpus > GPUS_PER_CONTAINER:
         sys.exit(f"TRAINING_CONFIG: dp x ep x pp x tp = {gpus} GPUs, but a container has at most {GPUS_PER_CONTAINER}")
-    return parse_args([*flags(config), "--checkpoint_dir", CHECKPOINTS], world_size=gpus)
+    run = parse_args([*flags(config), "--checkpoint_dir", CHECKPOINTS], world_size=gpus)
+    memory_gb = GPUS[gpu][1]
+    if state_gb(run) > memory_gb:
+        needs = f"parameters, gradients and AdamW's moments take {state_gb(run):.0f} GB a GPU"
+        sys.exit(f"TRAINING_CONFIG: {needs}, but {gpu} has {memory_gb}: raise tp or pp, or ep for experts")
+    return run
+
+
+def state_gb(run: RunConfig) -> float:
+    """GB of parameters, gradients and optimizer state on one GPU, were the pipeline's stages equal."""
+    C, F, E, model = run.model.n_embed, run.model.ffn_size, run.model.num_experts, run.model
+    mixtures = len(model.moe_layers)
+    expert = 2 * C * F + F + C
+    dense = model.n_layer * (4 * C * C + 8 * C) + (model.n_layer - mixtures) * expert + mixtures * E * C
+    dense += (model.padded_vocab_size + model.block_size + 2) * C
+    return STATE_BYTES * (dense + mixtures * E * expert / run.ep) / (run.tp * run.pp) / 1e9
 
 
 def estimate(config: RunConfig, gpu: str, gpus: int) -> tuple[float, float]:
     """Hours and dollars of the whole run, at ASSUMED_MFU."""
-    tflops, dollars = GPUS[gpu]
+    tflops, _, dollars = GPUS[gpu]
     flops = config.model.flops_per_token * config.tokens_per_step * config.max_iters
     hours = flops / (gpus * tflops * 1e12 * ASSUMED_MFU) / 3600 + START_UP_MINUTES / 60
     return hours, hours * dollars * gpus
@@ -138,12 +154,13 @@ def plan(config: Mapping[str, object] = TRAINING_CONFIG, gpu: str = GPU) -> str:
     """What the configuration asks for and about what it costs, after checking it."""
     run, gpus = checked(config, gpu), num_gpus(config)
     hours, dollars = estimate(run, gpu, gpus)
-    tokens, price = run.tokens_per_step * run.max_iters, GPUS[gpu][1]
+    tokens, (_, memory_gb, price) = run.tokens_per_step * run.max_iters, GPUS[gpu]
     return "\n".join(
         [
             f"machine: {gpus} x {gpu}",
             f"command: {shlex.join(['train.py', *remote_flags(config)])}",
             f"tokens:  {run.tokens_per_step:,} a step, {tokens:,} in {run.max_iters} steps",
+            f"memory:  {state_gb(run):.1f} of {memory_gb} GB a GPU for weights, gradients and AdamW, before activations",
             f"cost:    about {hours:.1f} h and ${dollars:.2f}, at {ASSUMED_MFU:.0%} MFU and ${price:.2f} a GPU hour",
         ]
     )

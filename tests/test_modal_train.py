@@ -13,6 +13,7 @@ from pathlib import Path
 import modal
 import pytest
 
+from heiretsu.model.build import count_parameters
 from heiretsu.model.options import parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +122,17 @@ def test_plan_names_machine_command_tokens_and_cost():
     assert "machine: 4 x A100-40GB" in plan
     assert shlex.join(script.remote_flags(CONFIG)) in plan
     assert "65,536 a step, 131,072,000 in 2000 steps" in plan
+    assert re.search(r"\d\.\d of 40 GB a GPU", plan)
     assert re.search(r"about \d+\.\d h and \$\d+\.\d\d, at 25% MFU and \$2.10 a GPU hour", plan)
+
+
+@pytest.mark.parametrize("change", [{}, {"num_experts": 0, "top_k": 1}, {"moe_freq": 1}])
+def test_memory_is_sixteen_bytes_a_parameter(change):
+    run = script.checked({**CONFIG, **change, "dp": 4, "tp": 1}, "H200")
+    padding = (run.model.padded_vocab_size - run.model.vocab_size) * run.model.n_embed
+    assert script.state_gb(run) == pytest.approx(16e-9 * (count_parameters(run.model) + padding))
+    halves = script.checked({**CONFIG, **change, "tp": 2}, "H200")
+    assert script.state_gb(halves) == pytest.approx(script.state_gb(run) / 2)
 
 
 def test_cost_is_flops_over_what_the_gpus_do_in_an_hour():
@@ -141,6 +152,7 @@ def test_cost_is_flops_over_what_the_gpus_do_in_an_hour():
         ({"top_k": 9}, "A100-40GB", "--top_k 9"),
         ({"n_layers": 24}, "A100-40GB", "--n_layers"),
         ({"dp": 16}, "A100-40GB", "32 GPUs, but a container has at most 8"),
+        ({"n_embed": 8192}, "A100-40GB", "GB a GPU, but A100-40GB has 40: raise tp or pp"),
         ({"dp": 0}, "A100-40GB", "[0, 1, 1, 2]: each must be a whole number above 0"),
         ({}, "A100-41GB", "GPU 'A100-41GB' is none of"),
     ],
