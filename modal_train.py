@@ -160,7 +160,7 @@ def plan(config: Mapping[str, object] = TRAINING_CONFIG, gpu: str = GPU) -> str:
             f"machine: {gpus} x {gpu}",
             f"command: {shlex.join(['train.py', *remote_flags(config)])}",
             f"tokens:  {run.tokens_per_step:,} a step, {tokens:,} in {run.max_iters} steps",
-            f"memory:  {state_gb(run):.1f} of {memory_gb} GB a GPU for weights, gradients and AdamW, before activations",
+            f"memory:  {state_gb(run):.1f} of {memory_gb} GB a GPU for weights, gradients, AdamW; then activations",
             f"cost:    about {hours:.1f} h and ${dollars:.2f}, at {ASSUMED_MFU:.0%} MFU and ${price:.2f} a GPU hour",
         ]
     )
@@ -210,7 +210,7 @@ def run_to_the_end(command: list[str], cwd: str) -> None:
 
     Raises subprocess.CalledProcessError if the command fails.
     """
-    process = subprocess.Popen(command, cwd=cwd)
+    process = subprocess.Popen(command, cwd=cwd, start_new_session=True)  # an interrupt is for us alone
     try:
         status = process.wait()
     except BaseException:  # Modal announces a preemption by interrupting the main thread
