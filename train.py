@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from heiretsu.data.batches import TokenDataset, open_data
 from heiretsu.data.folder import tokenizer_of
@@ -37,11 +36,14 @@ from heiretsu.kernels import fused, plain
 from heiretsu.model.build import build_engine, count_parameters
 from heiretsu.model.generate import generate
 from heiretsu.model.gpt import GPT
+from heiretsu.model.run_log import RunLog
+from heiretsu.model.saved import newest
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.collectives import all_reduce
-from heiretsu.parallel.engine import Engine, StepReport
+from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, make_mesh
 from heiretsu.parallel.pipeline import Microbatch
+from heiretsu.parallel.profiling import StepProfiler
 
 
 def main(config: RunConfig) -> None:
@@ -70,7 +72,7 @@ def main(config: RunConfig) -> None:
         engine = build_engine(config, mesh, fused if config.fused else plain)
         if mesh.rank == 0:
             print(describe(config, mesh, train_data, kernels), flush=True)
-        first_step = 0 if resume_from is None else resume(config, engine, resume_from)
+        first_step = restore(config, engine, resume_from)
         train(config, mesh, engine, train_data, val_data, first_step)
     finally:
         if dist.is_initialized():
@@ -100,25 +102,34 @@ def find_device(config: RunConfig) -> torch.device:
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
-    """What --resume names: a checkpoint, the newest in a folder of them, or for `auto` in --checkpoint_dir."""
+    """What --resume names: a checkpoint, the newest in a folder of them, or for `auto` in --checkpoint_dir, if any."""
     if config.resume == "none":
         return None
     if config.resume == "auto":
         return (checkpoint.complete(config.checkpoint_dir) or [None])[-1]
-    path = (checkpoint.complete(config.resume) or [Path(config.resume)])[-1]
-    checkpoint.read_run(path)
-    return path
+    return newest(config.resume)
 
 
-def resume(config: RunConfig, engine: Engine, path: Path) -> int:
-    """Load a checkpoint into the engine; the step to go on with."""
+def restore(config: RunConfig, engine: Engine, path: Path | None) -> int:
+    """Load a checkpoint into the engine, or the parameters of --init_from; returns the step to go on with."""
+    done = ""
+    first_step = 0
     try:
-        first_step = checkpoint.load(path, engine, json.loads(config.to_json()))
+        if path is not None:
+            first_step = checkpoint.load(path, engine, as_json(config))
+            done = f"resumed {path}: {first_step} of {config.max_iters} steps are done"
+        elif config.init_from:
+            checkpoint.load_parameters(newest(config.init_from), engine, as_json(config))
+            done = f"parameters of {newest(config.init_from)}"
     except ValueError as error:
         refuse(error)
-    if engine.mesh.rank == 0:
-        print(f"resumed {path}: {first_step} of {config.max_iters} steps are done", flush=True)
+    if done and engine.mesh.rank == 0:
+        print(done, flush=True)
     return first_step
+
+
+def as_json(config: RunConfig) -> dict:
+    return json.loads(config.to_json())
 
 
 def train(
@@ -132,26 +143,29 @@ def train(
     """The loop: a step, its log line, and now and then an evaluation or a checkpoint."""
     tokenizer = find_tokenizer(config, mesh)  # now, so that nothing is learned at the end of a long run
     log, stop = RunLog(config, mesh, first_step), StopSignal(mesh)
-    for step in range(first_step, config.max_iters):
-        began = time.perf_counter()
-        lr = learning_rate(config, step)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
-        report = engine.step(read_batches(config, mesh, train_data, step))
-        seconds = time.perf_counter() - began
-        last = step + 1 == config.max_iters
-        record = {"step": step, "loss": report.loss, "aux_loss": report.aux_loss, "grad_norm": report.grad_norm}
-        record |= {"lr": lr, "tokens_per_s": config.tokens_per_step / seconds}
-        if config.eval_interval and ((step + 1) % config.eval_interval == 0 or last):
-            record |= evaluate(config, mesh, engine, val_data)
-        log.write(record, report)
-        stopped = config.checkpoint_dir is not None and stop.asked()
-        if stopped or (config.save_interval and ((step + 1) % config.save_interval == 0 or last)):
-            path = checkpoint.save(config.checkpoint_dir, step + 1, engine, json.loads(config.to_json()), config.keep)
-            log.say(f"saved {path}")
-        if stopped:
-            log.say("stopped by SIGTERM: go on with --resume auto")
-            break
+    with StepProfiler(config.profile, mesh, config.memory_snapshot) as profiler:
+        for step in range(first_step, config.max_iters):
+            began = time.perf_counter()
+            lr = learning_rate(config, step)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            report = engine.step(read_batches(config, mesh, train_data, step))
+            seconds = time.perf_counter() - began
+            last = step + 1 == config.max_iters
+            record = {"step": step, "loss": report.loss, "aux_loss": report.aux_loss, "grad_norm": report.grad_norm}
+            record |= {"lr": lr, "tokens_per_s": config.tokens_per_step / seconds}
+            if config.eval_interval and ((step + 1) % config.eval_interval == 0 or last):
+                record |= evaluate(config, mesh, engine, val_data)
+            log.write(record, report)
+            if table := profiler.step():
+                log.say(table)
+            stopped = config.checkpoint_dir is not None and stop.asked()
+            if stopped or (config.save_interval and ((step + 1) % config.save_interval == 0 or last)):
+                path = checkpoint.save(config.checkpoint_dir, step + 1, engine, as_json(config), config.keep)
+                log.say(f"saved {path}")
+            if stopped:
+                log.say("stopped by SIGTERM: go on with --resume auto")
+                break
     log.close()
     if tokenizer is not None and not stop.received:
         print(sample(config, engine, tokenizer), flush=True)
@@ -229,70 +243,6 @@ def describe(config: RunConfig, mesh: Mesh, data: TokenDataset, kernels: str) ->
         f"batch: {config.global_batch_size} sequences, {config.tokens_per_step:,} tokens; {config.max_iters} steps",
     ]
     return "\n".join(lines)
-
-
-class RunLog:
-    """Where the numbers of a run go: the terminal, --log_file and wandb. Only rank 0 writes."""
-
-    def __init__(self, config: RunConfig, mesh: Mesh, first_step: int = 0):
-        self.config, self.writes = config, mesh.rank == 0
-        self.file = self.bar = self.run = None
-        if not self.writes:
-            return
-        if config.log_file:
-            Path(config.log_file).parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(config.log_file, "a" if first_step else "w", buffering=1)
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=config.max_iters, initial=first_step, unit="step", dynamic_ncols=True)
-        if config.wandb:
-            import wandb  # only those who ask for it need it
-
-            self.run = wandb.init(
-                project=config.wandb_project,
-                entity=config.wandb_entity,
-                mode=config.wandb_mode,
-                name=config.run_name,
-                config=json.loads(config.to_json()),
-            )
-
-    def write(self, record: dict[str, float], report: StepReport) -> None:
-        if not self.writes:
-            return
-        if self.file:
-            print(json.dumps(record), file=self.file)
-        if self.run:
-            self.run.log({**record, **expert_loads(report)}, step=int(record["step"]))
-        brief = f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s"
-        if self.bar is not None:
-            self.bar.set_postfix_str(brief, refresh=False)
-            self.bar.update()
-        skipped = ", skipped: a gradient was not finite" if report.skipped else ""
-        evaluated = f", validation loss {record['eval_loss']:.4f}" if "eval_loss" in record else ""
-        step, every = record["step"] + 1, max(1, self.config.max_iters // 20)
-        if skipped or evaluated or (self.bar is None and (step % every == 0 or step == 1)):
-            total = str(self.config.max_iters)
-            self.say(f"step {step:>{len(total)}}/{total}: {brief}{evaluated}{skipped}")
-
-    def say(self, line: str) -> None:
-        """A line on the terminal, above the progress bar where there is one."""
-        if self.writes:
-            tqdm.write(line) if self.bar is not None else print(line, flush=True)
-
-    def close(self) -> None:
-        for sink in (self.bar, self.file):
-            if sink is not None:
-                sink.close()
-        if self.run:
-            self.run.finish()
-
-
-def expert_loads(report: StepReport) -> dict[str, float]:
-    """Share of the tokens that each expert of each mixture layer served."""
-    if report.expert_load is None:
-        return {}
-    shares = report.expert_load / report.expert_load.sum(1, keepdim=True)
-    rows = enumerate(shares.tolist())
-    return {f"expert_load/layer{i}/expert{e}": share for i, row in rows for e, share in enumerate(row)}
 
 
 def find_tokenizer(config: RunConfig, mesh: Mesh):

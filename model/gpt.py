@@ -16,6 +16,7 @@ from heiretsu.model.seeding import fold
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.pipeline import Microbatch, StageOutput
 from heiretsu.parallel.placement import Spec, declare
+from heiretsu.parallel.profiling import region
 from heiretsu.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 INIT_STD = 0.02
@@ -137,8 +138,9 @@ class GPT(nn.Module):
         objective = self.config.aux_loss_coef * aux_loss
         if not self.is_last:
             return StageOutput(x, objective, None, aux_loss, load)
-        normed = self.ln_f(x).flatten(0, 1)
-        loss = self.wte.cross_entropy(normed, batch.targets.flatten(), self.ops).mean()
+        with region("head"):
+            normed = self.ln_f(x).flatten(0, 1)
+            loss = self.wte.cross_entropy(normed, batch.targets.flatten(), self.ops).mean()
         return StageOutput(None, objective + loss, loss, aux_loss, load)
 
     def run_blocks(self, x: torch.Tensor, step: int, first_sample: int):

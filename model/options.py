@@ -66,7 +66,10 @@ class RunConfig:
     checkpoint_dir: str | None
     save_interval: int
     resume: str
+    init_from: str | None
     keep: int
+    profile: str | None
+    memory_snapshot: bool
     sample_tokens: int
 
     @property
@@ -144,6 +147,10 @@ def check(config: RunConfig, world_size: int) -> None:
         raise ValueError(f"--warmup_iters {config.warmup_iters} is more than --max_iters {config.max_iters}")
     if config.resume == "auto" and config.checkpoint_dir is None:
         raise ValueError("--resume auto looks in --checkpoint_dir, which is not given")
+    if config.init_from and config.resume not in ("none", "auto"):
+        raise ValueError("--init_from starts a new run and --resume goes on with one: choose one of them")
+    if config.memory_snapshot and not config.profile:
+        raise ValueError("--memory_snapshot is written beside the traces: it needs --profile DIR")
     if config.data_dir is not None and not os.path.isdir(config.data_dir):
         raise ValueError(f"--data_dir {config.data_dir}: there is no such directory (data/prepare.py makes one)")
 
@@ -267,7 +274,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint_dir", help="default with --save_interval: runs/checkpoints, or runs/RUN_NAME")
     add("--save_interval", type=int, default=0, help="steps between checkpoints; 0: none")
     add("--resume", default="none", help="auto: the newest checkpoint of --checkpoint_dir; none; or a path")
+    add("--init_from", help="start from the parameters of this checkpoint (heiretsu.model.hf imports GPT-2's)")
     add("--keep", type=int, default=2, help="checkpoints kept")
+    add("--profile", metavar="DIR", help="write torch.profiler traces of three steps there, one for each rank")
+    add("--memory_snapshot", action="store_true", help="with --profile on a GPU: also who allocated what")
     add("--wandb", action="store_true")
     add("--wandb_project", default="heiretsu")
     add("--wandb_entity")

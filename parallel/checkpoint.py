@@ -28,6 +28,7 @@ from heiretsu.parallel.optimizer import LossScaler
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MAY_CHANGE = ("dropout", "aux_loss_coef")  # of a model whose parameters stay what they are
 
 
 def save(directory: str | os.PathLike, step: int, engine: Engine, config: dict, keep: int) -> Path:
@@ -66,13 +67,7 @@ def load(path: str | os.PathLike, engine: Engine, config: dict) -> int:
 
     Raises ValueError, by name, for a torn checkpoint, another format or another model.
     """
-    run = read_run(path)
-    theirs, ours = run["config"]["model"], config["model"]
-    other = [f"{key} {theirs.get(key)} (this run: {ours[key]})" for key in ours if theirs.get(key) != ours[key]]
-    if other:
-        raise ValueError(f"--resume {path}: the checkpoint is of another model: {', '.join(other)}")
-    if run["config"]["dtype"] != config["dtype"]:
-        raise ValueError(f"--resume {path}: the checkpoint has --dtype {run['config']['dtype']}, not {config['dtype']}")
+    run = _matching_run(path, config)
     for param in engine.params.values():
         moments = {name: torch.zeros_like(param) for name in _MOMENTS}
         engine.optimizer.state[param] = {"step": torch.tensor(float(run["optimizer_steps"])), **moments}
@@ -83,17 +78,38 @@ def load(path: str | os.PathLike, engine: Engine, config: dict) -> int:
     return run["step"]
 
 
+def load_parameters(path: str | os.PathLike, engine: Engine, config: dict) -> None:
+    """The parameters alone, to begin a new run from. Raises ValueError like `load`."""
+    _matching_run(path, config)
+    tensors = {name: tensor for name, tensor in _tensors(engine).items() if name.startswith("model/")}
+    with _quiet():
+        dcp.load(tensors, checkpoint_id=Path(path))
+
+
+def _matching_run(path: str | os.PathLike, config: dict) -> dict:
+    """run.json, if it is of the model and dtype that config asks for."""
+    run = read_run(path)
+    theirs, ours = run["config"]["model"], config["model"]
+    differing = [key for key in ours if theirs.get(key) != ours[key] and key not in _MAY_CHANGE]
+    other = [f"{key} {theirs.get(key)} (this run: {ours[key]})" for key in differing]
+    if other:
+        raise ValueError(f"{path}: the checkpoint is of another model: {', '.join(other)}")
+    if run["config"]["dtype"] != config["dtype"]:
+        raise ValueError(f"{path}: the checkpoint has --dtype {run['config']['dtype']}, not {config['dtype']}")
+    return run
+
+
 def read_run(path: str | os.PathLike) -> dict:
     """The run.json of a complete checkpoint. ValueError if the folder is none."""
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"--resume {path}: there is no such checkpoint")
+        raise ValueError(f"{path}: there is no such checkpoint")
     missing = [name for name in ("run.json", ".metadata") if not (path / name).is_file()]
     if missing:
-        raise ValueError(f"--resume {path}: not a complete checkpoint: {' and '.join(missing)} missing")
+        raise ValueError(f"{path}: not a complete checkpoint: {' and '.join(missing)} missing")
     run = json.loads((path / "run.json").read_text())
     if run.get("format") != FORMAT:
-        raise ValueError(f"--resume {path}: checkpoint format {run.get('format')}, only {FORMAT} can be read")
+        raise ValueError(f"{path}: checkpoint format {run.get('format')}, only {FORMAT} can be read")
     return run
 
 

@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 
 from heiretsu.parallel.mesh import Axis
+from heiretsu.parallel.profiling import region
 
 
 def all_reduce(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
     """A new tensor, reduced over the axis. Not differentiable: for statistics and inside backward passes."""
     out = x.detach().clone(memory_format=torch.contiguous_format)
     if axis.size > 1:
-        dist.all_reduce(out, op=op, group=axis.group)
+        with region(f"all-reduce {axis.name}"):
+            dist.all_reduce(out, op=op, group=axis.group)
     return out
 
 
@@ -59,7 +61,8 @@ class _Exchange(torch.autograd.Function):
 
 def _all_to_all(x, send_counts, receive_counts, axis):
     out = x.new_empty((sum(receive_counts), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), receive_counts, send_counts, group=axis.group)
+    with region(f"all-to-all {axis.name}"):
+        dist.all_to_all_single(out, x.contiguous(), receive_counts, send_counts, group=axis.group)
     return out
 
 

@@ -15,6 +15,7 @@ from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.optimizer import LossScaler, gradient_norm
 from heiretsu.parallel.pipeline import Microbatch, Totals, run_schedule
 from heiretsu.parallel.placement import Table, placement_table
+from heiretsu.parallel.profiling import region
 from heiretsu.parallel.schedules import Schedule, forward_only, lower, validate
 
 
@@ -77,16 +78,18 @@ class Engine:
             chunk.train()
         self.averager.prepare(self.num_microbatches)
         totals = self._run(self.actions, batches, self.scaler.scale)
-        self.averager.finish()
+        with region("average gradients"):
+            self.averager.finish()
         return totals
 
     def step(self, batches: Sequence[Microbatch]) -> StepReport:
         """One optimizer step on this rank's microbatches of the global batch."""
         totals = self.accumulate(batches)
-        norm = gradient_norm(self.grads, self.table, self.mesh).item() / self.scaler.scale
-        skipped = not math.isfinite(norm)
-        if not skipped:
-            self._apply(norm)
+        with region("optimizer"):
+            norm = gradient_norm(self.grads, self.table, self.mesh).item() / self.scaler.scale
+            skipped = not math.isfinite(norm)
+            if not skipped:
+                self._apply(norm)
         self.scaler.update(skipped)
         loss, aux_loss, expert_load = self._means(totals, len(batches))
         return StepReport(loss, aux_loss, norm, skipped, expert_load)

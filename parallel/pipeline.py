@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from heiretsu.parallel.mesh import Axis, Mesh
+from heiretsu.parallel.profiling import region
 from heiretsu.parallel.schedules import Action, Kind, peer
 
 
@@ -121,27 +122,28 @@ def run_schedule(
         virtual = chunk * mesh.pp.size + mesh.pp.index
         flight = flights.setdefault((microbatch, chunk), _InFlight())
         batch = batches[microbatch]
-        match kind:
-            case Kind.RECV_FORWARD:
-                flight.hidden_in, flight.arriving = _receive(batch, hidden_size, hidden_dtype, mesh.pp, kind)
-            case Kind.FORWARD:
-                if mesh.pp.size == 1 and virtual > 0:  # from the chunk before, on this rank
-                    flight.hidden_in = flights[microbatch, chunk - 1].out.hidden.detach()
-                flight.forward(chunks[chunk], batch)
-                totals.add(flight.out)
-            case Kind.SEND_FORWARD:
-                sends.start(flight.out.hidden.detach(), mesh.pp, kind)
-            case Kind.RECV_BACKWARD:
-                flight.grad_out, flight.arriving = _receive(batch, hidden_size, hidden_dtype, mesh.pp_back, kind)
-            case Kind.BACKWARD:
-                if mesh.pp.size == 1 and virtual < last_virtual:
-                    flight.grad_out = flights[microbatch, chunk + 1].hidden_in.grad
-                flight.backward(loss_scale / len(batches))
-            case Kind.SEND_BACKWARD:
-                sends.start(flight.hidden_in.grad, mesh.pp_back, kind)
-                del flights[microbatch, chunk]
-            case _:
-                raise ValueError(f"{mesh.coordinates()}: the executor does not split backward, as {action} asks")
+        with region(str(action)):
+            match kind:
+                case Kind.RECV_FORWARD:
+                    flight.hidden_in, flight.arriving = _receive(batch, hidden_size, hidden_dtype, mesh.pp, kind)
+                case Kind.FORWARD:
+                    if mesh.pp.size == 1 and virtual > 0:  # from the chunk before, on this rank
+                        flight.hidden_in = flights[microbatch, chunk - 1].out.hidden.detach()
+                    flight.forward(chunks[chunk], batch)
+                    totals.add(flight.out)
+                case Kind.SEND_FORWARD:
+                    sends.start(flight.out.hidden.detach(), mesh.pp, kind)
+                case Kind.RECV_BACKWARD:
+                    flight.grad_out, flight.arriving = _receive(batch, hidden_size, hidden_dtype, mesh.pp_back, kind)
+                case Kind.BACKWARD:
+                    if mesh.pp.size == 1 and virtual < last_virtual:
+                        flight.grad_out = flights[microbatch, chunk + 1].hidden_in.grad
+                    flight.backward(loss_scale / len(batches))
+                case Kind.SEND_BACKWARD:
+                    sends.start(flight.hidden_in.grad, mesh.pp_back, kind)
+                    del flights[microbatch, chunk]
+                case _:
+                    raise ValueError(f"{mesh.coordinates()}: the executor does not split backward, as {action} asks")
     sends.wait()
     return totals
 

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -56,7 +57,7 @@ def assert_same_run(ours: list[dict], theirs: list[dict]) -> None:
     assert [record["step"] for record in ours] == list(range(10))
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
-        for key in mine.keys() - {"tokens_per_s"}:
+        for key in mine.keys() - {"tokens_per_s", "mfu", "memory_mib"}:
             assert mine[key] == pytest.approx(other[key], rel=1e-9), f"step {mine['step']}: {key}"
     assert [record["step"] for record in ours if "eval_loss" in record] == [2, 5, 8, 9]
 
@@ -210,9 +211,86 @@ def test_sigterm_finishes_the_step_saves_and_resume_goes_on(tmp_path):
     assert [record["loss"] for record in log] == [record["loss"] for record in straight]
 
 
-def test_wandb_offline_writes_a_run(tmp_path):
+def test_wandb_offline_run_holds_the_numbers_of_the_log_file(tmp_path):
     pytest.importorskip("wandb", reason="wandb is an extra")
-    arguments = [*TINY, *MOE, "--max_iters", "2", "--wandb", "--wandb_mode", "offline"]
-    statuses, _, err = finish(start(arguments, WANDB_DIR=str(tmp_path), WANDB_SILENT="true"))
+    arguments = [*TINY, *MOE, "--max_iters", "3", "--wandb", "--wandb_mode", "offline", "--wandb_project", "there"]
+    log = log_of(tmp_path, "log", arguments, WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    rows, project = read_wandb(path)
+    assert project == "there" and len(rows) == 3
+    for row, record in zip(rows, log, strict=True):
+        assert {key: row[key] for key in record} == record
+        assert sum(row[f"expert_load/layer0/expert{e}"] for e in range(4)) == pytest.approx(1.0)
+        assert any(key.startswith("expert_load/chart_table") for key in row)
+    assert {"mfu", "memory_mib", "aux_loss", "grad_norm", "lr"} <= log[0].keys()
+
+
+def read_wandb(path: Path) -> tuple[list[dict], str]:
+    """The history rows and the project of an offline run, from wandb's own record of it."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows, project = [], ""
+    for data in leveldb_records(path.read_bytes()[7:], offset=7):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "run":
+            project = record.run.project
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows, project
+
+
+def leveldb_records(log: bytes, offset: int):
+    """Records of a LevelDB log: in blocks of 32 KiB, each behind a checksum (4 bytes), length (2) and type (1)."""
+    position, parts = 0, b""
+    while position < len(log):
+        left = 2**15 - (position + offset) % 2**15
+        if left < 7:  # the rest of a block is filled with zeros
+            position += left
+            continue
+        length, kind = struct.unpack("<HB", log[position + 4 : position + 7])
+        parts += log[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield parts
+            parts = b""
+
+
+def test_without_wandb_nothing_of_it_is_imported():
+    program = f"""
+import runpy, sys
+sys.argv = ["train.py", *{[*TINY, "--max_iters", "1"]!r}]
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+sys.exit("wandb" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+def test_profile_writes_a_trace_for_each_rank_with_the_regions_named(tmp_path):
+    arguments = [
+        *TINY,
+        "--pp",
+        "2",
+        "--grad_accum_steps",
+        "2",
+        "--max_iters",
+        "6",
+        "--profile",
+        str(tmp_path / "trace"),
+    ]
+    statuses, out, err = finish(start(arguments, ranks=2))
     assert statuses == [0], err
-    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert "by region:" in out and "by kernel:" in out
+    for rank in (0, 1):
+        names = {e.get("name") for e in json.loads((tmp_path / f"trace/rank{rank}.json").read_text())["traceEvents"]}
+        assert {"F0", "B1", "optimizer", "average gradients", "all-reduce world"} <= names
+        assert ("head" in names) == (rank == 1) and ("send F0" in names) == (rank == 0)
+
+
+def test_init_from_takes_the_parameters_and_starts_anew(tmp_path):
+    first = [*EXACT, "--max_iters", "4", "--checkpoint_dir", str(tmp_path / "a"), "--save_interval", "4"]
+    log_of(tmp_path, "first", first)
+    log = log_of(tmp_path, "second", [*EXACT, "--init_from", str(tmp_path / "a"), "--learning_rate", "1e-12"])
+    straight = log_of(tmp_path, "straight", [*EXACT, "--max_iters", "4"])
+    assert log[0]["step"] == 0 and log[9]["eval_loss"] == pytest.approx(straight[3]["eval_loss"], rel=1e-6)

@@ -1,0 +1,65 @@
+"""Where a step's time goes: torch.profiler over a few steps, with the names that the library gives its regions.
+
+`region` marks schedule actions and collectives; the kernels are there by their own names. Traces open in Perfetto or
+chrome://tracing, one for each rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from heiretsu.parallel.mesh import Mesh
+
+region = record_function  # with region("all-reduce tp"): ...
+
+WARMUP_STEPS, PROFILED_STEPS = 2, 3
+
+
+class StepProfiler:
+    """Profiles steps WARMUP_STEPS .. WARMUP_STEPS + PROFILED_STEPS - 1 after the start. folder None: does nothing.
+
+    Call `step` after each training step. Writes folder/rank<r>.json and, where memory is asked for on a GPU,
+    folder/memory_rank<r>.pickle (for pytorch.org/memory_viz).
+    """
+
+    def __init__(self, folder: str | None, mesh: Mesh, memory: bool = False):
+        self.folder, self.mesh, self.table = folder and Path(folder), mesh, ""
+        self.memory = memory and mesh.device.type == "cuda"
+        self.profiler: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (mesh.device.type == "cuda")
+        plan = schedule(wait=WARMUP_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1)
+        self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+        if self.memory:
+            torch.cuda.memory._record_memory_history()  # PyTorch's documented way, underscore and all
+
+    def __enter__(self) -> StepProfiler:
+        self.profiler.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.profiler.__exit__(*exception)
+
+    def step(self) -> str:
+        """Mark the end of a step. Returns the table of where the time went, once, when it is known; else ''."""
+        if self.folder is None:
+            return ""
+        self.profiler.step()
+        table, self.table = self.table, ""
+        return table
+
+    def _write(self, profiler: profile) -> None:
+        profiler.export_chrome_trace(str(self.folder / f"rank{self.mesh.rank}.json"))
+        if self.memory:
+            torch.cuda.memory._dump_snapshot(str(self.folder / f"memory_rank{self.mesh.rank}.pickle"))
+        on_gpu = self.mesh.device.type == "cuda"
+        averages = profiler.key_averages()
+        by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        regions = averages.table(sort_by="cpu_time_total", row_limit=12, top_level_events_only=True)
+        self.table = f"by region:\n{regions}\nby kernel:\n{averages.table(sort_by=by, row_limit=15)}"
