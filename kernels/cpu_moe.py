@@ -1,23 +1,25 @@
 """Mixture-of-experts ops on CPU tensors: the same meaning as `plain`, in the fastest form that ATen allows.
 
-Three things make `plain.expert_mlp` slow, none of them the GEMMs. Autograd gives `w1[e]` a zero-filled gradient the
-size of all experts and adds E of them; every expert allocates its activations anew, and on a CPU fresh pages cost more
-than the arithmetic done on them; and the combine makes several passes over float32 copies. Here one custom op owns the
-loop over experts: tokens are sorted by expert once, GEMMs write into slices of one buffer, the bias rides in the GEMM,
-GELU runs over an expert's block while it is still in cache, and `embedding_bag` gathers, weights and sums the K rows of
-a token in one pass, in order.
+Three things make `plain.expert_mlp` slow beside its GEMMs. Autograd gives `w1[e]` a zero-filled gradient the size of
+all experts and adds E of them; every expert allocates its activations anew, and on a CPU fresh pages cost as much as
+the arithmetic done on them; and GELU and the combine make several passes over memory. Here one custom op owns the loop
+over experts: tokens are sorted by expert once, GEMMs write into slices of buffers that all experts share, the bias
+rides in the GEMM, GELU and its derivative are taken block by block in the cache, and `embedding_bag` gathers, weights
+and sums the K rows of a token in one pass, in order.
 
-Saved for the backward: h = x @ w1 + b1 and gelu(h), both (N*K, F), and the experts' outputs (N*K, C), in x's dtype.
-Nothing is recomputed but the gather of x and the cast of one expert's weights. Float32 weights beside a bfloat16 x are
-cast expert by expert, so no second copy of all weights exists; their gradients pass through x's dtype, as in `plain`.
+Saved for the backward: gelu(h) and gelu'(h) for h = x @ w1 + b1, both (N*K, F), and the experts' outputs (N*K, C), in
+x's dtype. Nothing is recomputed but the gather of x and the cast of one expert's weights. Float32 weights beside a
+bfloat16 x are cast expert by expert, so no second copy of all weights exists; their gradients pass through x's dtype,
+as in `plain`.
 
 N tokens, K experts per token, E experts, C hidden size, F feed-forward size.
 """
 
 import torch
 
-_gelu_out = torch.ops.aten.gelu.out
-_gelu_backward_out = torch.ops.aten.gelu_backward.grad_input
+from heiretsu.kernels.cpu_pointwise import GELU_LINEAR, gelu_block
+
+_BLOCK_ELEMENTS = 1 << 17  # of GELU: see cpu_pointwise
 
 
 def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,38 +75,73 @@ def _expert_mlp(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, h, gelu(h), y): the output and what the backward reads, rows sorted by expert."""
+    """(out, gelu(h), gelu'(h), y), rows sorted by expert; without save, the middle two are empty."""
     E, C, F = w1.shape
     order, slot, bounds = _sort_by_expert(experts, E)
     rows = order.numel()
-    h, a, y = x.new_empty(rows, F), x.new_empty(rows, F), x.new_empty(rows, C)
-    y[bounds[-1] :] = 0
-    h[bounds[-1] :] = 0
-    a[bounds[-1] :] = 0
+    all_a, slope = (x.new_empty(rows if save else 0, F) for _ in range(2))
+    y = x.new_empty(rows, C)
+    for buffer in (all_a, slope, y):
+        buffer[bounds[-1] :] = 0  # rows of no expert
     if not rows or not C:
-        return x.new_zeros(x.shape), h, a, y
-    tokens = order // experts.shape[1]
-    gathered = x.new_empty(_largest(bounds), C)  # one expert's rows of x at a time
+        return x.new_zeros(x.shape), all_a, slope, y
+    tokens, largest = order // experts.shape[1], _largest(bounds)
+    x_rows, h_rows, a_rows = x.new_empty(largest, C), x.new_empty(largest, F), x.new_empty(0 if save else largest, F)
+    cast, gelu = _Cast(x, C * F), _Gelu(x, largest, F)
     for e, block in _blocks(bounds):
-        x_e = torch.index_select(x, 0, tokens[block], out=gathered[: block.stop - block.start])
-        _linear(x_e, w1[e], None if b1 is None else b1[e], h[block])
-        _gelu_out(h[block], approximate="tanh", out=a[block])
-        _linear(a[block], w2[e], None if b2 is None else b2[e], y[block])
-    return _combine(y, slot, gates), h, a, y
+        size = block.stop - block.start
+        x_e = torch.index_select(x, 0, tokens[block], out=x_rows[:size])
+        h = _linear(x_e, cast(w1[e]), None if b1 is None else b1[e], h_rows[:size])
+        a = all_a[block] if save else a_rows[:size]
+        gelu(h, a, slope[block] if save else None)
+        _linear(a, cast(w2[e]), None if b2 is None else b2[e], y[block])
+    return _combine(y, slot, gates), all_a, slope, y
+
+
+class _Cast:
+    """Casts one expert's weight to x's dtype, into one buffer: what it returned last is overwritten."""
+
+    def __init__(self, x, elements):
+        self.x, self.elements, self.buffer = x, elements, None
+
+    def __call__(self, weight):
+        if weight.dtype == self.x.dtype:
+            return weight
+        if self.buffer is None:
+            self.buffer = self.x.new_empty(self.elements)
+        return self.buffer.view(weight.shape).copy_(weight)
+
+
+class _Gelu:
+    """GELU of up to `rows` rows of `width`, and its derivative, in blocks that stay in the cache."""
+
+    def __init__(self, x, rows, width):
+        self.step = min(rows, max(1, _BLOCK_ELEMENTS // max(1, width)))
+        self.scratch = torch.empty(5, self.step, width, dtype=_at_least_float32(x.dtype))
+        self.scratch[4] = GELU_LINEAR
+
+    def __call__(self, h, out, derivative):
+        for start in range(0, h.shape[0], self.step):
+            block = slice(start, min(start + self.step, h.shape[0]))
+            u, q, s, r, linear = self.scratch[:, : block.stop - start]
+            gelu_block(
+                u.copy_(h[block]), out[block], None if derivative is None else derivative[block], q, s, r, linear
+            )
 
 
 def _linear(x, weight, bias, out):
-    weight = weight.to(x.dtype)
     if bias is None:
         return torch.mm(x, weight, out=out)
     return torch.addmm(bias.to(x.dtype), x, weight, out=out)
 
 
 @_expert_mlp.register_fake
-def _(x, experts, gates, w1, b1, w2, b2):
-    rows = experts.numel()
-    return x.new_empty(x.shape), *(x.new_empty(rows, width) for width in (w1.shape[2], w1.shape[2], x.shape[1]))
+def _(x, experts, gates, w1, b1, w2, b2, save):
+    rows, (_, C, F) = experts.numel(), w1.shape
+    a, slope = (x.new_empty(rows if save else 0, F) for _ in range(2))
+    return x.new_empty(x.shape), a, slope, x.new_empty(rows, C)
 
 
 @torch.library.custom_op("heiretsu::cpu_expert_mlp_backward", mutates_args=(), device_types="cpu")
@@ -117,8 +154,8 @@ def _expert_mlp_backward(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
-    h: torch.Tensor,
     a: torch.Tensor,
+    slope: torch.Tensor,
     y: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dgates, dw1, db1, dw2, db2); the gradient of an absent bias is empty."""
@@ -133,19 +170,20 @@ def _expert_mlp_backward(
     dx_rows = torch.empty_like(y)  # dx of each row, then summed over k
     dx_rows[bounds[-1] :] = 0
     largest = _largest(bounds)
-    x_rows, dy_rows, da_rows = x.new_empty(largest, C), x.new_empty(largest, C), x.new_empty(largest, F)
+    x_rows, dy_rows, dh_rows = x.new_empty(largest, C), x.new_empty(largest, C), x.new_empty(largest, F)
     dgate = gate.new_zeros(gate.shape, dtype=_at_least_float32(gates.dtype))
+    cast, product = _Cast(x, C * F), x.new_empty(0 if w1.dtype == w2.dtype == x.dtype else C * F)
     for e, block in _blocks(bounds):
         size, token = block.stop - block.start, tokens[block]
         dy = torch.index_select(dout, 0, token, out=dy_rows[:size])
         dgate[order[block]] = (y[block].to(dgate.dtype) * dy).sum(-1)
         dy *= gate[block, None]
-        _weight_gradient(a[block], dy, dw2[e], None if b2 is None else db2[e])
-        dh = torch.mm(dy, w2[e].to(x.dtype).T, out=da_rows[:size])
-        _gelu_backward_out(dh, h[block], approximate="tanh", grad_input=dh)
+        _weight_gradient(a[block], dy, dw2[e], None if b2 is None else db2[e], product)
+        dh = torch.mm(dy, cast(w2[e]).T, out=dh_rows[:size])
+        dh *= slope[block]
         x_e = torch.index_select(x, 0, token, out=x_rows[:size])
-        _weight_gradient(x_e, dh, dw1[e], None if b1 is None else db1[e])
-        torch.mm(dh, w1[e].to(x.dtype).T, out=dx_rows[block])
+        _weight_gradient(x_e, dh, dw1[e], None if b1 is None else db1[e], product)
+        torch.mm(dh, cast(w1[e]).T, out=dx_rows[block])
     return _combine(dx_rows, slot), dgate.view(gates.shape).to(gates.dtype), dw1, db1, dw2, db2
 
 
@@ -162,18 +200,18 @@ def _at_least_float32(dtype):
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _weight_gradient(inputs, grads, dweight, dbias):
-    """Write dweight = inputs.T @ grads and dbias = grads summed over rows, in the dtype of each."""
+def _weight_gradient(inputs, grads, dweight, dbias, product):
+    """Write dweight = inputs.T @ grads and dbias = grads summed over rows, in the dtype of each. product: scratch."""
     if dweight.dtype == inputs.dtype:
         torch.mm(inputs.T, grads, out=dweight)
     else:
-        dweight.copy_(inputs.T @ grads)
+        dweight.copy_(torch.mm(inputs.T, grads, out=product.view(dweight.shape)))
     if dbias is not None:
         dbias.copy_(grads.sum(0, dtype=_at_least_float32(dbias.dtype)))
 
 
 @_expert_mlp_backward.register_fake
-def _(dout, x, experts, gates, w1, b1, w2, b2, h, a, y):
+def _(dout, x, experts, gates, w1, b1, w2, b2, a, slope, y):
     def bias_like(bias, weight):
         return weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
@@ -188,14 +226,14 @@ def _(dout, x, experts, gates, w1, b1, w2, b2, h, a, y):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.save_for_backward(*inputs[:-1], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, dout, *_):
-    _, _, _, _, b1, _, b2 = ctx.saved_tensors[:7]
+    b1, b2 = ctx.saved_tensors[4], ctx.saved_tensors[6]
     dx, dgates, dw1, db1, dw2, db2 = _expert_mlp_backward(dout.contiguous(), *ctx.saved_tensors)
-    return dx, None, dgates, dw1, None if b1 is None else db1, dw2, None if b2 is None else db2
+    return dx, None, dgates, dw1, None if b1 is None else db1, dw2, None if b2 is None else db2, None
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
@@ -203,4 +241,5 @@ _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 def expert_mlp(x, experts, gates, w1, b1, w2, b2):
     """`plain.expert_mlp` for CPU tensors: (N, C) in x's dtype."""
-    return _expert_mlp(x, experts, gates, w1, b1, w2, b2)[0]
+    wants_gradient = any(t is not None and t.requires_grad for t in (x, gates, w1, b1, w2, b2))
+    return _expert_mlp(x, experts, gates, w1, b1, w2, b2, torch.is_grad_enabled() and wants_gradient)[0]

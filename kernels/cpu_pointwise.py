@@ -20,9 +20,9 @@ from heiretsu.kernels.random import drop_threshold
 # calling ATen than they save (measured 2**14 to 2**20: 2**17 and 2**18 best with 1 and with 2 threads).
 _BLOCK_ELEMENTS = 1 << 17
 
-# GELU's tanh form without a tanh: 0.5 (1 + tanh(s)) = sigmoid(2 s), with 2 s = u (_LINEAR + _CUBIC u**2).
-_LINEAR = 2.0 * math.sqrt(2.0 / math.pi)
-_CUBIC = 0.044715 * _LINEAR
+# GELU's tanh form without a tanh: 0.5 (1 + tanh(s)) = sigmoid(2 s), with 2 s = u (GELU_LINEAR + GELU_CUBIC u**2).
+GELU_LINEAR = 2.0 * math.sqrt(2.0 / math.pi)
+GELU_CUBIC = 0.044715 * GELU_LINEAR
 
 
 def _wide(dtype):
@@ -40,6 +40,23 @@ def _scratch(blocks, row_elements, dtype, count):
     return [torch.empty(rows, row_elements, dtype=dtype) for _ in range(count)]
 
 
+def gelu_block(u, out, derivative, q, s, r, linear):
+    """out = GELU(u) and, unless it is None, derivative = GELU'(u), in their dtypes; u and scratch q, s, r are lost.
+
+    u, q, s, r, linear: of one shape, float32 or float64, small enough for the cache. linear: filled with GELU_LINEAR.
+    """
+    torch.addcmul(linear, u, u, value=GELU_CUBIC, out=q)
+    torch.mul(u, q, out=s)
+    exact = out.dtype == u.dtype  # 1 - s loses to cancellation what bf16 and fp16 cannot show
+    if derivative is not None and exact:
+        torch.neg(s, out=r).sigmoid_()
+    s.sigmoid_()
+    out.copy_(u.mul_(s))  # u sigmoid(u q)
+    if derivative is not None:  # s + u s (1 - s) d(u q)/du, and d(u q)/du = 3 q - 2 GELU_LINEAR
+        u.mul_(r) if exact else u.addcmul_(u, s, value=-1.0)
+        derivative.copy_(s.addcmul_(u, q, value=3.0).add_(u, alpha=-2.0 * GELU_LINEAR))
+
+
 class _BiasGelu(torch.autograd.Function):
     """Saves the derivative instead of the input: it comes almost free beside the sigmoid that the value needs, takes
     the same memory as x, and leaves the backward one product."""
@@ -52,20 +69,12 @@ class _BiasGelu(torch.autograd.Function):
         derivative = torch.empty_like(out) if save_derivative else None
         blocks = _blocks(rows, width)
         all_u, all_q, all_s, all_r = _scratch(blocks, width, wide, 4)
-        linear, bias = torch.full_like(all_u, _LINEAR), bias.to(wide)
+        linear, bias = torch.full_like(all_u, GELU_LINEAR), bias.to(wide)
         for block in blocks:
             n = block.stop - block.start
             u, q, s, r = all_u[:n], all_q[:n], all_s[:n], all_r[:n]
             u.copy_(x2[block]).add_(bias)
-            torch.addcmul(linear[:n], u, u, value=_CUBIC, out=q)
-            torch.mul(u, q, out=s)
-            if save_derivative and x.dtype == wide:  # 1 - s loses to cancellation what bf16 and fp16 cannot show
-                torch.neg(s, out=r).sigmoid_()
-            s.sigmoid_()
-            out[block] = u.mul_(s)  # u sigmoid(u q)
-            if save_derivative:  # s + u s (1 - s) d(u q)/du, and d(u q)/du = 3 q - 2 _LINEAR
-                u.mul_(r) if x.dtype == wide else u.addcmul_(u, s, value=-1.0)
-                derivative[block] = s.addcmul_(u, q, value=3.0).add_(u, alpha=-2.0 * _LINEAR)
+            gelu_block(u, out[block], derivative[block] if save_derivative else None, q, s, r, linear[:n])
         return out.view(x.shape), derivative
 
     @staticmethod
@@ -104,7 +113,7 @@ def bias_gelu(x, bias):
         )
     if torch.compiler.is_compiling():
         u = x.to(_wide(x.dtype)) + bias.to(_wide(x.dtype))
-        return (u * torch.sigmoid(u * (_LINEAR + _CUBIC * u * u))).to(x.dtype)
+        return (u * torch.sigmoid(u * (GELU_LINEAR + GELU_CUBIC * u * u))).to(x.dtype)
     save_derivative = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
     return _BiasGelu.apply(x, bias, save_derivative)[0]
 

@@ -192,7 +192,7 @@ def test_route_passes_opcheck(triton_device):
 
 @pytest.mark.parametrize("biases", [True, False])
 def test_cpu_form_passes_opcheck(biases):
-    torch.library.opcheck(torch.ops.heiretsu.cpu_expert_mlp.default, tuple(arguments(biases=biases)))
+    torch.library.opcheck(torch.ops.heiretsu.cpu_expert_mlp.default, (*arguments(biases=biases), True))
 
 
 def layer_compiles(ops, device):

@@ -84,6 +84,10 @@ def _with_strangers(N, K, E, generator):
     return torch.randint(-1, E + 2, (N, K), generator=generator)
 
 
+def _in_turn(N, K, E, generator):
+    return torch.arange(N * K).view(N, K) % E
+
+
 def _exact_tiles(N, K, E, generator):
     """Expert e gets 32 rows exactly, so that tiles end where experts do."""
     return torch.arange(N * K).view(N, K) // 32 % E
@@ -167,7 +171,15 @@ CASES = [
     Case("expert_mlp", "only x", "frozen experts", _mlp(20, 16, 24, 3, 2, grad=("x",)), FLOAT32),
     Case("expert_mlp", "only w1", "no gradient for x", _mlp(20, 16, 24, 3, 2, grad=("w1",)), FLOAT32),
     Case("expert_mlp", "narrow", "sizes below every block", _mlp(3, 1, 2, 2, 1), FLOAT32),
-    Case("expert_mlp", "tiny", "for the emulator", _mlp(9, 16, 24, 3, 2), TWO, emulate=True),
+    Case(
+        "expert_mlp",
+        "whole steps",
+        "emulated: the shipped bf16 tile, unmasked loops of three steps in depth and two in rows",
+        _mlp(140, 64, 192, 2, 1, _in_turn),
+        (torch.bfloat16,),
+        emulate=True,
+    ),
+    Case("expert_mlp", "tiny", "emulated: the tile for odd sizes", _mlp(9, 16, 24, 3, 2), TWO, emulate=True),
     Case(
         "expert_mlp", "tiny skewed", "an empty expert, emulated", _mlp(7, 8, 16, 4, 1, _skewed), FLOAT32, emulate=True
     ),
