@@ -118,8 +118,8 @@ def check(case: Case, dtype: torch.dtype, implementation: Callable, device="cpu"
     cotangents = _cotangents(case, own)
     problems = ours.structure_problems(own)
     if not problems:
-        for run in (own, reference, ours):
-            run.backward(cotangents)
+        for each in (own, reference, ours):
+            each.backward(cotangents)
         problems = ours.aliasing_problems() + ours.modified_problems()
     if problems:
         raise ParityError(_report(case, dtype, problems))
@@ -169,8 +169,7 @@ def compare(ours, own, reference, gradient_size: float = 0.0) -> Comparison:
     error = torch.where(finite, (got - want).abs(), 0.0)
     plain_error = torch.where(finite & same.isfinite(), (same - want).abs(), 0.0)
     size = torch.where(finite, want.abs(), 0.0)
-    allowed = _allowed(size, plain_error, ours.dtype, gradient_size)
-    allowed = allowed.maximum(2 * _worst_of_lines(plain_error.view(ours.shape)).flatten())
+    allowed = _allowed(size.view(ours.shape), plain_error.view(ours.shape), ours.dtype, gradient_size).flatten()
     worst = int((error / allowed.clamp(min=torch.finfo(torch.float64).tiny)).argmax())
     message = ""
     if error[worst] > allowed[worst]:
@@ -195,15 +194,15 @@ def compare_gradients(ours, own, reference, gradient_size: float) -> Comparison:
 
 def _allowed(size, plain_error, dtype, gradient_size):
     """Allowed error of each element, from the sizes of the reference and the errors of same-dtype plain."""
-    order = size.argsort()
-    sizes = size[order]
-    peers = torch.searchsorted(sizes, 2 * sizes, right=True).clamp(min=min(PEERS, len(sizes)))  # a prefix of the order
-    plain_worst = plain_error[order].cummax(0).values[peers - 1]
+    sizes, order = size.flatten().sort()
+    last_peer = torch.searchsorted(sizes, 2 * sizes, right=True).clamp(min=min(PEERS, len(sizes))) - 1
+    peer_size, peer_error = torch.zeros_like(sizes), torch.zeros_like(sizes)
+    peer_size[order] = sizes[last_peer]
+    peer_error[order] = plain_error.flatten()[order].cummax(0).values[last_peer]
+    worst = peer_error.view(size.shape).maximum(_worst_of_lines(plain_error))
     accumulator = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    ulps = (torch.finfo(dtype).eps + 4 * accumulator) * sizes[peers - 1] + 4 * accumulator * gradient_size
-    allowed = torch.empty_like(size)
-    allowed[order] = 2 * plain_worst + ulps
-    return allowed
+    ulps = (torch.finfo(dtype).eps + 4 * accumulator) * peer_size + 4 * accumulator * gradient_size
+    return 2 * worst + ulps.view(size.shape)
 
 
 def _worst_of_lines(errors):
