@@ -47,5 +47,6 @@ def check(op: str, q, k, v, scale, dropout_p, seed, offsets) -> tuple[float, Dro
         raise ValueError(f"{op}: scale={scale} must be finite and not negative")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p={dropout_p} is outside [0, 1)")
-    signed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits
-    return scale, Dropout(float(dropout_p), signed, *offsets)
+    if seed >= 2**63:
+        seed -= 2**64  # the same 64 bits, signed
+    return scale, Dropout(float(dropout_p), seed, *offsets)

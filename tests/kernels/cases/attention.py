@@ -36,7 +36,7 @@ def _fused(B, H, T, D, **options):
 
 
 def _odd_strides(generator, dtype):
-    """q with the head dim outermost in memory; one k and v for the whole batch, of k every second row of a longer one."""
+    """q with the head dim outermost in memory; one k and v for the whole batch, of k every second row."""
     q = torch.randn(40, 2, 66, 2, generator=generator).to(dtype).permute(1, 3, 2, 0)
     k = torch.randn(1, 2, 80, 40, generator=generator).to(dtype)[:, :, ::2].expand(2, -1, -1, -1)
     v = torch.randn(1, 2, 40, 40, generator=generator).to(dtype).expand(2, -1, -1, -1)
@@ -75,28 +75,67 @@ CASES = [
     Case("attention", "head dim 256", "the largest head dim", _fused(1, 1, 66, 256), (torch.float32, torch.bfloat16)),
     Case("attention", "1000 queries", "many whole blocks and a tail", _fused(1, 1, 1000, 16), F32),
     Case("attention", "no queries", "empty: T = 0", _separate(1, 1, 1, 0, 5, 16), F32),
-    Case("attention", "dropout", "the mask of a shard: offsets, a seed beyond 32 bits", _fused(2, 2, 66, 16, **DROPOUT)),
-    Case("attention", "tiny dropout", "as dropout, compiled", _fused(1, 1, 20, 16, **DROPOUT), F32 + BF16, emulate=True),
-    Case("attention_lse", "127 keys, all seen", "no mask but the tail; head dim 80", _separate(1, 2, 2, 65, 127, 80, causal=False)),
+    Case(
+        "attention", "dropout", "the mask of a shard: offsets, a seed beyond 32 bits", _fused(2, 2, 66, 16, **DROPOUT)
+    ),
+    Case(
+        "attention", "tiny dropout", "as dropout, compiled", _fused(1, 1, 20, 16, **DROPOUT), F32 + BF16, emulate=True
+    ),
+    Case(
+        "attention_lse",
+        "127 keys, all seen",
+        "no mask but the tail; head dim 80",
+        _separate(1, 2, 2, 65, 127, 80, causal=False),
+    ),
     Case("attention_lse", "20 of each", "tiny, causal, forward and backward", _fused(1, 1, 20, 16), emulate=True),
-    Case("attention_lse", "tiny groups", "grouped queries, no mask but the tail", _separate(1, 2, 1, 7, 19, 24, causal=False), F32 + BF16, emulate=True),
+    Case(
+        "attention_lse",
+        "tiny groups",
+        "grouped queries, no mask but the tail",
+        _separate(1, 2, 1, 7, 19, 24, causal=False),
+        F32 + BF16,
+        emulate=True,
+    ),
     Case("attention_lse", "grouped queries", "4 query heads on 2 key heads", _separate(2, 4, 2, 65, 65, 16)),
-    Case("attention_lse", "one key head", "multi-query, dropout", _separate(2, 3, 1, 40, 50, 16, **DROPOUT), F32 + BF16),
+    Case(
+        "attention_lse", "one key head", "multi-query, dropout", _separate(2, 3, 1, 40, 50, 16, **DROPOUT), F32 + BF16
+    ),
     Case("attention_lse", "more keys", "the last query sees every key", _separate(1, 2, 2, 33, 100, 32)),
     Case("attention_lse", "more queries", "the first 67 queries see nothing", _separate(1, 2, 2, 100, 33, 32)),
-    Case("attention_lse", "more queries, dropout", "queries that see nothing, and a mask", _separate(1, 4, 2, 90, 30, 16, **DROPOUT), F32),
+    Case(
+        "attention_lse",
+        "more queries, dropout",
+        "queries that see nothing, and a mask",
+        _separate(1, 4, 2, 90, 30, 16, **DROPOUT),
+        F32,
+    ),
     Case("attention_lse", "no keys", "empty: S = 0 gives 0 and -inf", _separate(1, 1, 1, 5, 0, 16), F32),
     Case("attention_lse", "odd strides", "expanded k and v, rows apart, head dim outermost", _odd_strides),
     Case("attention_lse", "growing keys", "a running maximum that moves in every block", _growing_keys),
     Case("attention_lse", "huge scores", "2**s would overflow", _huge_scores, (torch.float32, torch.bfloat16)),
-    Case("attention_lse", "low scores", "2**-lse would overflow beside a padded key", _low_scores, (torch.float32, torch.bfloat16)),
+    Case(
+        "attention_lse",
+        "low scores",
+        "2**-lse would overflow beside a padded key",
+        _low_scores,
+        (torch.float32, torch.bfloat16),
+    ),
     Case("attention_lse", "own scale", "scale is not 1/sqrt(D)", _separate(1, 1, 1, 65, 65, 16, scale=0.6)),
     Case("attention_lse", "only q", "dq alone is wanted", _separate(1, 1, 1, 65, 40, 16, grads="q"), F32),
     Case("attention_lse", "only k", "dk alone is wanted", _separate(1, 1, 1, 65, 40, 16, grads="k"), F32),
     Case("attention", "only v", "dv alone is wanted", _separate(1, 1, 1, 65, 40, 16, grads="v"), F32),
-    Case("attention_lse", "lse alone", "only lse has a gradient", _separate(1, 2, 1, 65, 40, 16), F32 + BF16, backward=("lse",)),
-    Case("attention_lse", "out alone", "only out has a gradient", _separate(1, 2, 1, 65, 40, 16), F32, backward=("out",)),
-]  # fmt: skip
+    Case(
+        "attention_lse",
+        "lse alone",
+        "only lse has a gradient",
+        _separate(1, 2, 1, 65, 40, 16),
+        F32 + BF16,
+        backward=("lse",),
+    ),
+    Case(
+        "attention_lse", "out alone", "only out has a gradient", _separate(1, 2, 1, 65, 40, 16), F32, backward=("out",)
+    ),
+]
 
 _FORWARD, _BACKWARD, _TILES = "attention_forward.py", "attention_backward.py", "attention_tiles.py"
 _CAUSAL = "visible &= cols[None, :] <= rows[:, None] + shift"
@@ -104,27 +143,113 @@ _CAUSAL = "visible &= cols[None, :] <= rows[:, None] + shift"
 MUTATIONS = [
     Mutation("mask off by one", _CAUSAL, _CAUSAL.replace("<=", "<"), "65 queries", _FORWARD),
     Mutation("mask off by one, dq", _CAUSAL, _CAUSAL.replace("<=", "<"), "65 queries", _BACKWARD),
-    Mutation("mask off by one, dk and dv", "keys[:, None] <= rows[None, :] + shift", "keys[:, None] < rows[None, :] + shift", "65 queries", _BACKWARD),
+    Mutation(
+        "mask off by one, dk and dv",
+        "keys[:, None] <= rows[None, :] + shift",
+        "keys[:, None] < rows[None, :] + shift",
+        "65 queries",
+        _BACKWARD,
+    ),
     Mutation("mask at the top left", "shift = S - T  # query", "shift = 0  # query", "more keys", _FORWARD),
     Mutation("accumulator not rescaled", "acc = acc * rescale[:, None]", "acc = acc * 1.0", "growing keys", _FORWARD),
     Mutation("row sum not rescaled", "row_sum = row_sum * rescale +", "row_sum = row_sum +", "growing keys", _FORWARD),
-    Mutation("running maximum forgotten", "tl.maximum(row_max, tl.max(s, 1) * SCALE_LOG2)", "tl.zeros_like(row_max)", "huge scores", _FORWARD),
+    Mutation(
+        "running maximum forgotten",
+        "tl.maximum(row_max, tl.max(s, 1) * SCALE_LOG2)",
+        "tl.zeros_like(row_max)",
+        "huge scores",
+        _FORWARD,
+    ),
     Mutation("scale dropped before the mask", "s * SCALE_LOG2, -float", "s, -float", "65 queries", _FORWARD),
-    Mutation("scale dropped, full blocks", "tl.exp2(s * SCALE_LOG2 - new_max[:, None])", "tl.exp2(s - new_max[:, None])", "127 keys, all seen", _FORWARD),
-    Mutation("natural base", "lse = (row_max + tl.log2(row_sum)) * LN_2", "lse = row_max + tl.log2(row_sum)", "own scale", _FORWARD),
-    Mutation("queries that see nothing", 'tl.where(new_max == -float("inf"), 0.0, new_max)', "new_max", "more queries", _FORWARD),
-    Mutation("key tail not masked", "visible = (cols < S)[None, :]", "visible = (cols < S + 1)[None, :]", "127 keys, all seen", _FORWARD),
-    Mutation("strides of k swapped", "k_ptr, n, S, stride_ks, stride_kd", "k_ptr, n, S, stride_kd, stride_ks", "65 queries", _FORWARD),
-    Mutation("v read with k's strides", "v_ptr, n, S, stride_vs, stride_vd", "v_ptr, n, S, stride_ks, stride_vd", "odd strides", _FORWARD),
-    Mutation("diagonal block skipped", "end = tl.minimum(S, first_row + BLOCK_M + shift)", "end = tl.minimum(S, first_row + shift)", "65 queries", _FORWARD),
-    Mutation("key head of another group", "k_ptr += batch * stride_kb + head // GROUP", "k_ptr += batch * stride_kb + head % (H // GROUP)", "grouped queries", _FORWARD),
+    Mutation(
+        "scale dropped, full blocks",
+        "tl.exp2(s * SCALE_LOG2 - new_max[:, None])",
+        "tl.exp2(s - new_max[:, None])",
+        "127 keys, all seen",
+        _FORWARD,
+    ),
+    Mutation(
+        "natural base",
+        "lse = (row_max + tl.log2(row_sum)) * LN_2",
+        "lse = row_max + tl.log2(row_sum)",
+        "own scale",
+        _FORWARD,
+    ),
+    Mutation(
+        "queries that see nothing",
+        'tl.where(new_max == -float("inf"), 0.0, new_max)',
+        "new_max",
+        "more queries",
+        _FORWARD,
+    ),
+    Mutation(
+        "key tail not masked",
+        "visible = (cols < S)[None, :]",
+        "visible = (cols < S + 1)[None, :]",
+        "127 keys, all seen",
+        _FORWARD,
+    ),
+    Mutation(
+        "strides of k swapped",
+        "k_ptr, n, S, stride_ks, stride_kd",
+        "k_ptr, n, S, stride_kd, stride_ks",
+        "65 queries",
+        _FORWARD,
+    ),
+    Mutation(
+        "v read with k's strides",
+        "v_ptr, n, S, stride_vs, stride_vd",
+        "v_ptr, n, S, stride_ks, stride_vd",
+        "odd strides",
+        _FORWARD,
+    ),
+    Mutation(
+        "diagonal block skipped",
+        "end = tl.minimum(S, first_row + BLOCK_M + shift)",
+        "end = tl.minimum(S, first_row + shift)",
+        "65 queries",
+        _FORWARD,
+    ),
+    Mutation(
+        "key head of another group",
+        "k_ptr += batch * stride_kb + head // GROUP",
+        "k_ptr += batch * stride_kb + head % (H // GROUP)",
+        "grouped queries",
+        _FORWARD,
+    ),
     Mutation("v without the batch", "v_ptr += batch * stride_vb +", "v_ptr +=", "grouped queries", _FORWARD),
-    Mutation("key head of another group, dq", "k_ptr += batch * stride_kb + head // GROUP", "k_ptr += batch * stride_kb + head % (H // GROUP)", "grouped queries", _BACKWARD),
+    Mutation(
+        "key head of another group, dq",
+        "k_ptr += batch * stride_kb + head // GROUP",
+        "k_ptr += batch * stride_kb + head % (H // GROUP)",
+        "grouped queries",
+        _BACKWARD,
+    ),
     Mutation("out not scaled up", "KEEP_SCALE / row_sum", "1.0 / row_sum", "dropout", _FORWARD),
-    Mutation("another head's dropout", "h + head_offset, b + batch_offset, False", "h, b + batch_offset, False", "dropout", _FORWARD),
-    Mutation("dropout coordinates swapped", "seed, keys, queries, head, batch", "seed, queries, keys, head, batch", "dropout", _TILES),
-    Mutation("dropout heads and samples swapped", "seed, keys, queries, head, batch", "seed, keys, queries, batch, head", "dropout", _TILES),
-    Mutation("dp not dropped", "tl.where(keep, dp * KEEP_SCALE, 0.0)", "dp * KEEP_SCALE", "dropout", _BACKWARD, count=2),
+    Mutation(
+        "another head's dropout",
+        "h + head_offset, b + batch_offset, False",
+        "h, b + batch_offset, False",
+        "dropout",
+        _FORWARD,
+    ),
+    Mutation(
+        "dropout coordinates swapped",
+        "seed, keys, queries, head, batch",
+        "seed, queries, keys, head, batch",
+        "dropout",
+        _TILES,
+    ),
+    Mutation(
+        "dropout heads and samples swapped",
+        "seed, keys, queries, head, batch",
+        "seed, keys, queries, batch, head",
+        "dropout",
+        _TILES,
+    ),
+    Mutation(
+        "dp not dropped", "tl.where(keep, dp * KEEP_SCALE, 0.0)", "dp * KEEP_SCALE", "dropout", _BACKWARD, count=2
+    ),
     Mutation("dv not scaled up", "dv * KEEP_SCALE", "dv", "dropout", _BACKWARD),
     Mutation("dropped p in ds", "ds = (p * (dp", "ds = (dropped * (dp", "dropout", _BACKWARD),
     Mutation("dq without the scale", "dq * SCALE, first", "dq, first", "own scale", _BACKWARD),
@@ -133,12 +258,48 @@ MUTATIONS = [
     Mutation("delta dropped, dk", "dp - delta[None, :]", "dp", "65 queries", _BACKWARD),
     Mutation("gradient of lse with the wrong sign", "delta -= tl.load(", "delta += tl.load(", "lse alone", _BACKWARD),
     Mutation("lse of the wrong base", "other=0.0) * LOG2_E, mask", "other=0.0), mask", "65 queries", _BACKWARD),
-    Mutation("diagonal blocks skipped, dk and dv", "num_diagonal = tl.maximum(unmasked - first_block, 0)", "num_diagonal = 0", "65 queries", _BACKWARD),
+    Mutation(
+        "diagonal blocks skipped, dk and dv",
+        "num_diagonal = tl.maximum(unmasked - first_block, 0)",
+        "num_diagonal = 0",
+        "65 queries",
+        _BACKWARD,
+    ),
     Mutation("query tail skipped, dk and dv", "(T % BLOCK_M != 0).to(tl.int32)", "0", "65 queries", _BACKWARD),
-    Mutation("a whole block too few, dk and dv", "unmasked, whole, num_diagonal", "unmasked + 1, whole, num_diagonal", "127 keys, all seen", _BACKWARD),
-    Mutation("key tail not masked, dq", "visible = (cols < S)[None, :]", "visible = (cols < S + 1)[None, :]", "low scores", _BACKWARD),
+    Mutation(
+        "a whole block too few, dk and dv",
+        "unmasked, whole, num_diagonal",
+        "unmasked + 1, whole, num_diagonal",
+        "127 keys, all seen",
+        _BACKWARD,
+    ),
+    Mutation(
+        "key tail not masked, dq",
+        "visible = (cols < S)[None, :]",
+        "visible = (cols < S + 1)[None, :]",
+        "low scores",
+        _BACKWARD,
+    ),
     Mutation("one head of the group in dk", "for g in range(GROUP)", "for g in range(1)", "grouped queries", _BACKWARD),
-    Mutation("load beyond the last row", "return tl.load(pointers, mask=mask, other=0.0)", "return tl.load(pointers, mask=(dims < D)[None, :], other=0.0)", "65 queries", _TILES),
-    Mutation("store into the next head", "to(pointer.dtype.element_ty), mask=mask)", "to(pointer.dtype.element_ty), mask=(rows < limit - start)[:, None])", "63 queries", _TILES),
-    Mutation("offset of the block dropped", "pointers = pointer + tl.cast(start, tl.int64) * stride_row", "pointers = pointer", "65 queries", _TILES),
-]  # fmt: skip
+    Mutation(
+        "load beyond the last row",
+        "return tl.load(pointers, mask=mask, other=0.0)",
+        "return tl.load(pointers, mask=(dims < D)[None, :], other=0.0)",
+        "65 queries",
+        _TILES,
+    ),
+    Mutation(
+        "store into the next head",
+        "to(pointer.dtype.element_ty), mask=mask)",
+        "to(pointer.dtype.element_ty), mask=(rows < limit - start)[:, None])",
+        "63 queries",
+        _TILES,
+    ),
+    Mutation(
+        "offset of the block dropped",
+        "pointers = pointer + tl.cast(start, tl.int64) * stride_row",
+        "pointers = pointer",
+        "65 queries",
+        _TILES,
+    ),
+]

@@ -1,0 +1,217 @@
+"""attention and attention_lse beyond parity: layout, memory, shards, tracing, derivatives, and what they refuse."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from heiretsu.kernels import cpu_attention, fused, plain
+from heiretsu.kernels.cpu_random import BlockPhilox
+from heiretsu.kernels.random import philox
+from tests.kernels import forms
+
+if forms.HAS_TRITON:
+    from heiretsu.kernels import attention as triton_attention
+    from heiretsu.kernels import launch
+
+FORMS = [
+    pytest.param("cpu", id="cpu-form"),
+    pytest.param("triton", id="triton", marks=pytest.mark.triton),
+]
+each_form = pytest.mark.parametrize("form", FORMS)
+few_examples = settings(max_examples=10, deadline=None, database=None)
+
+
+def functions(form):
+    """attention_lse of the form, its two custom ops, and the device of its tensors."""
+    if form == "cpu":
+        return cpu_attention.attention_lse, cpu_attention._attention, cpu_attention._attention_backward, "cpu"
+    ops = triton_attention._attention, triton_attention._attention_backward
+    return triton_attention.attention_lse, *ops, forms.TRITON_DEVICE
+
+
+def qkv(B=1, H=2, Hkv=2, T=5, S=5, D=3, device="cpu", dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (B, H, T, D), (B, Hkv, S, D), (B, Hkv, S, D)
+    return [torch.randn(s, generator=generator, dtype=dtype).to(device).requires_grad_() for s in shapes]
+
+
+@each_form
+def test_output_is_laid_out_for_the_next_projection(form):
+    attention_lse, *_, device = functions(form)
+    out, _ = attention_lse(*qkv(B=2, H=3, Hkv=3, T=4, D=8, device=device))
+    assert out.transpose(1, 2).reshape(2, 4, 24).data_ptr() == out.data_ptr()
+
+
+@each_form
+def test_a_shard_of_batch_and_heads_draws_the_mask_of_the_whole(form):
+    attention_lse, *_, device = functions(form)
+    q, k, v = qkv(B=3, H=4, Hkv=4, T=20, S=20, D=8, device=device)
+    dropout = dict(dropout_p=0.4, seed=11)
+    whole, _ = attention_lse(q, k, v, **dropout)
+    shard, _ = attention_lse(*(t[1:, 2:] for t in (q, k, v)), **dropout, offsets=(1, 2))
+    assert torch.equal(shard, whole[1:, 2:])
+    other, _ = attention_lse(*(t[1:, 2:] for t in (q, k, v)), **dropout, offsets=(1, 1))
+    assert not torch.equal(other, whole[1:, 2:])
+
+
+@each_form
+def test_nothing_of_the_size_of_the_scores_is_saved(form):
+    attention_lse, *_, device = functions(form)
+    q, k, v = qkv(T=150, S=150, D=4, device=device)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        attention_lse(q, k, v)
+    assert saved
+    assert sum(t.numel() for t in saved) < 6 * q.numel() < 150 * 150  # q, k, v, out and lse
+
+
+@each_form
+def test_the_same_bits_twice(form):
+    attention_lse, *_, device = functions(form)
+    inputs = qkv(H=4, Hkv=2, T=70, S=70, D=16, device=device)
+    first, second = ([out := attention_lse(*inputs)[0], *torch.autograd.grad(out.square().sum(), inputs)] for _ in "12")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@each_form
+def test_gradients_are_those_of_finite_differences(form):
+    if form == "triton" and forms.TRITON_DEVICE == "cuda":
+        pytest.skip("float64 kernels run in the interpreter only")
+    attention_lse, *_, device = functions(form)
+
+    def finite(q, k, v):
+        out, lse = attention_lse(q, k, v, dropout_p=0.3, seed=5)
+        return out, torch.where(lse == -math.inf, 0.0, lse)  # one query more than keys: it sees nothing
+
+    inputs = qkv(H=2, Hkv=1, T=4, S=3, D=2, device=device, dtype=torch.float64)
+    assert torch.autograd.gradcheck(finite, inputs, fast_mode=True)
+
+
+@each_form
+def test_a_second_derivative_is_an_error(form):
+    attention_lse, *_, device = functions(form)
+    q, k, v = qkv(device=device)
+    (dq,) = torch.autograd.grad(attention_lse(q, k, v)[0].square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        dq.sum().backward()
+
+
+@each_form
+def test_opcheck(form):
+    _, forward, backward, device = functions(form)
+    q, k, v = qkv(H=4, Hkv=2, T=6, S=7, D=8, device=device)
+    options = (True, 0.4, 0.25, 3, 1, 2)
+    torch.library.opcheck(forward, (q, k, v, *options))
+    q, k, v = (t.detach() for t in (q, k, v))
+    out, lse, *keep = forward(q, k, v, *options)
+    rest = options[:3] if form == "cpu" else (*options, True, True)
+    for dlse in (torch.ones_like(lse), None):
+        torch.library.opcheck(backward, (torch.ones_like(out), dlse, q, k, v, out, lse, *keep, *rest))
+
+
+@each_form
+def test_compiles_without_a_graph_break_and_once_for_all_seeds(form):
+    attention_lse, *_, device = functions(form)
+
+    def block(q, k, v, seed):
+        out, lse = attention_lse(q * 2, k, v, dropout_p=0.3, seed=seed)
+        return out.transpose(1, 2).flatten(2) + lse.sum()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    inputs = qkv(H=4, Hkv=2, T=9, S=12, D=8, device=device)
+    for seed in (11, 12, 2**40, 2**62 + 1):
+        out, expected = compiled(*inputs, seed), block(*inputs, seed)
+        assert torch.equal(out, expected)
+        gradients = (torch.autograd.grad(o.square().sum(), inputs) for o in (out, expected))
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert counter.frame_count <= 2  # the first seed as a constant, the second as a variable
+
+
+@each_form
+@few_examples
+@given(
+    B=st.integers(1, 2), group=st.integers(1, 3), Hkv=st.integers(1, 2), T=st.integers(0, 70), S=st.integers(0, 70),
+    D=st.integers(1, 33), causal=st.booleans(), dropout_p=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 2**64 - 1),
+)  # fmt: skip
+def test_any_shape_agrees_with_plain(form, B, group, Hkv, T, S, D, causal, dropout_p, seed):
+    attention_lse, *_, device = functions(form)
+    dtype = torch.float32 if device == "cuda" else torch.float64
+    q, k, v = qkv(B, group * Hkv, Hkv, T, S, D, device, dtype)
+    options = dict(causal=causal, dropout_p=dropout_p, seed=seed, offsets=(1, 2))
+    for ours, want in zip(attention_lse(q, k, v, **options), plain.attention_lse(q, k, v, **options), strict=True):
+        torch.testing.assert_close(ours, want)  # tolerances of the dtype: parity.py has the sharp rule
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_cpu_form_of_a_model_is_differentiable_through_views(causal):
+    """The path of training: scaled_dot_product_attention on views of the projection, and an expanded gradient."""
+    projection = torch.randn(2, 9, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for attention in (fused.attention, plain.attention):
+        q, k, v = projection.permute(2, 0, 3, 1, 4)
+        gradients.append(torch.autograd.grad(attention(q, k, v, causal=causal).sum(), projection)[0])
+    torch.testing.assert_close(*gradients)
+
+
+@given(
+    seed=st.integers(-(2**63), 2**64), rows=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5),
+    columns=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5), head=st.integers(0, 2**33),
+    batch=st.integers(0, 2**33),
+)  # fmt: skip
+@settings(max_examples=50, deadline=None, database=None)
+def test_block_philox_draws_the_bits_of_philox(seed, rows, columns, head, batch):
+    rows, columns = torch.tensor(rows), torch.tensor(columns)
+    bits = BlockPhilox(25).draw(seed, rows, columns, head, batch)
+    want = philox(seed, columns[None, :], rows[:, None], torch.tensor(head), torch.tensor(batch))
+    assert torch.equal(bits, want.expand_as(bits))
+
+
+REFUSED = {
+    "must be": (dict(q=(2, 5, 3)), {}),
+    "same batch and head dim": (dict(q=(1, 2, 5, 4)), {}),
+    "same shape": (dict(v=(1, 2, 6, 3)), {}),
+    "do not divide": (dict(q=(1, 3, 5, 3)), {}),
+    "outside 1..256": (dict(q=(1, 2, 5, 257), k=(1, 2, 5, 257), v=(1, 2, 5, 257)), {}),
+    "scale": ({}, dict(scale=-1.0)),
+    "dropout_p": ({}, dict(dropout_p=1.0)),
+}
+
+
+@each_form
+@pytest.mark.parametrize("message", REFUSED)
+def test_refuses_what_it_cannot_take(form, message):
+    attention_lse, *_, device = functions(form)
+    shapes, options = REFUSED[message]
+    tensors = [torch.zeros(shapes.get(name, (1, 2, 5, 3)), device=device) for name in "qkv"]
+    with pytest.raises(ValueError, match=message):
+        attention_lse(*tensors, **options)
+
+
+@each_form
+def test_refuses_two_dtypes_and_integers(form):
+    attention_lse, *_, device = functions(form)
+    q, k, v = (t.detach() for t in qkv(device=device))
+    with pytest.raises(ValueError, match="one floating dtype"):
+        attention_lse(q.bfloat16(), k, v)
+    with pytest.raises(ValueError, match="one floating dtype"):
+        attention_lse(q.int(), k.int(), v.int())
+
+
+@pytest.mark.skipif(not forms.HAS_TRITON or forms.INTERPRETED, reason="the interpreter takes CPU tensors")
+def test_the_triton_form_says_what_to_do_with_cpu_tensors():
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1.*fused.attention"):
+        triton_attention.attention(*qkv())
+
+
+@pytest.mark.skipif(not forms.HAS_TRITON, reason="the launch table is Triton's")
+@pytest.mark.parametrize("arch", ["ampere", "hopper", "blackwell", "cdna3", "interpreter"])
+def test_every_head_dim_has_launch_parameters(arch):
+    for kernel in ("attention_forward", "attention_delta", "attention_dkdv", "attention_dq"):
+        for D in (1, 64, 65, 256):
+            for itemsize in (2, 4):
+                assert {"BLOCK_M", "num_warps", "num_stages"} <= launch.lookup(kernel, arch, D, itemsize).keys()
