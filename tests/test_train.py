@@ -25,8 +25,7 @@ MOE = ["--num_experts", "4", "--moe_freq", "1"]
 
 def start(arguments: list[str], ranks: int = 1, agents: int = 1, **environment) -> list[subprocess.Popen]:
     """`python train.py ...`, or torchrun with this many ranks on this many agents ("nodes") of one machine."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    env.pop("TRITON_INTERPRET", None)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", **environment}
     commands = [[sys.executable, *TRAIN, *arguments]]
     if ranks > 1:
         with socket.socket() as probe:
@@ -73,6 +72,22 @@ def test_log_file_is_the_same_on_two_nodes_with_experts_split_between_them(tmp_p
     assert all(record["aux_loss"] > 0 for record in single)
     nodes = [*EXACT, *MOE, "--ep", "2", "--batch_size", "2"]
     assert_same_run(log_of(tmp_path, "nodes", nodes, ranks=2, agents=2), single)
+
+
+FEW = [*EXACT, *MOE, "--max_iters", "2", "--eval_interval", "0", "--block_size", "8", "--dropout", "0.1"]
+
+
+@pytest.mark.parametrize("interpreter", [False, True], ids=["cpu-form", "interpreter"])
+def test_fused_gives_the_plain_run_and_says_what_runs(tmp_path, interpreter):
+    plain = log_of(tmp_path, "plain", [*FEW, "--batch_size", "2"])
+    mesh = ["--tp", "2", "--batch_size", "2", "--fused", "--log_file", str(tmp_path / "fused.jsonl")]
+    statuses, out, err = finish(start([*FEW, *mesh], ranks=2, TRITON_INTERPRET=str(int(interpreter))))
+    assert statuses == [0], err
+    form = "Triton in the interpreter" if interpreter else "CPU forms"
+    assert f"kernels: fused kernels: {form}" in out
+    fused = [json.loads(line) for line in (tmp_path / "fused.jsonl").read_text().splitlines()]
+    for key in ("loss", "aux_loss", "grad_norm"):
+        assert [record[key] for record in fused] == pytest.approx([record[key] for record in plain], rel=1e-9), key
 
 
 def test_output_names_model_mesh_kernels_data_and_ends_with_a_sample():
