@@ -10,7 +10,9 @@ import pytest
 import torch
 
 COMPILES = importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET", "0") != "1"
-collect_ignore = [] if COMPILES else ["test_planted.py", "test_triton_language.py", "test_driver.py"]
+collect_ignore = (
+    [] if COMPILES else ["test_planted.py", "test_planted_in_kernels.py", "test_triton_language.py", "test_driver.py"]
+)
 
 
 def pytest_configure(config):
