@@ -35,7 +35,8 @@ def gelu(u):
 def gelu_derivative(u):
     """d gelu(u) / du = s + u s (1 - s) dz/du, where s = 1 / (1 + e) and 1 - s = e s without cancellation."""
     square = u * u
-    e = tl.exp2(tl.minimum(u * (-_LOG2_E * _LINEAR - _LOG2_E * _CUBIC * square), 100.0))  # finite: e s^2 must not be inf 0
+    # finite: e s^2 must not be inf 0
+    e = tl.exp2(tl.minimum(u * (-_LOG2_E * _LINEAR - _LOG2_E * _CUBIC * square), 100.0))
     root = tl.rsqrt(1.0 + e)  # its square takes 4 instructions fewer than a division: 2.36 against 2.10 on H100
     s = root * root
     return s * (1.0 + u * (_LINEAR + 3.0 * _CUBIC * square) * (e * s))

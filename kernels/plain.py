@@ -3,7 +3,8 @@
 Differentiable by autograd, any float dtype up to float64. `heiretsu.kernels.fused` has the same names, signatures and
 meaning; where the two differ, this file wins.
 
-B batch, T queries, S keys, C hidden size, H heads, D head dim, N tokens, E experts, K top-k, F feed-forward, V vocabulary.
+B batch, T queries, S keys, C hidden size, H heads, D head dim, N tokens, E experts, K top-k, F feed-forward size, V
+vocabulary.
 """
 
 import math
@@ -52,14 +53,19 @@ def bias_gelu(x, bias):
 
 
 def dropout(x, p, seed, offset=0):
-    """Inverted dropout whose mask is a function of (seed, global position). x: (B, T, C); offset: global sample of x[0]."""
+    """Inverted dropout whose mask is a function of (seed, global position).
+
+    x: (B, T, C). offset: global sample of x[0].
+    """
     if p == 0.0:
         return x
     return torch.where(dropout_keep_mask(x.shape, p, seed, offset, x.device), x / (1.0 - p), 0.0)
 
 
 def layer_norm(x, weight, bias, eps=1e-5, residual=None):
-    """Layer norm over the last dim (Ba et al. 2016, arXiv:1607.06450). x: (..., C). weight, bias: (C,), any float dtype.
+    """Layer norm over the last dim (Ba et al. 2016, arXiv:1607.06450).
+
+    x: (..., C). weight, bias: (C,), any float dtype.
 
     With residual (same shape as x): returns (layer_norm(x + residual), x + residual), both in x's dtype.
     """

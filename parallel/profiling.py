@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
@@ -27,9 +28,9 @@ class StepProfiler:
     """
 
     def __init__(self, folder: str | None, mesh: Mesh, memory: bool = False):
-        self.folder, self.mesh, self.table = folder and Path(folder), mesh, ""
+        self.folder, self.mesh, self.table = Path(folder) if folder else None, mesh, ""
         self.memory = memory and mesh.device.type == "cuda"
-        self.profiler: contextlib.AbstractContextManager = contextlib.nullcontext()
+        self.profiler: Any = contextlib.nullcontext()  # or a torch.profiler.profile
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
