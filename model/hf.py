@@ -3,8 +3,9 @@
     python -m heiretsu.model.hf import GPT2_DIR OUT      # config.json, *.safetensors -> OUT/step_00000000
     python -m heiretsu.model.hf export CKPT DIR          # a checkpoint, or a run's newest -> the same two
 
-An imported checkpoint is one of step 0 with a fresh optimizer, so that any topology can start from it; an exported
-folder is read by transformers' GPT2LMHeadModel.from_pretrained. Neither direction needs transformers itself.
+An imported checkpoint is one of step 0 with a fresh optimizer. Any topology starts from it, with `train.py --init_from
+OUT --preset gpt2 --tokenizer gpt2` or the flags of its sizes. transformers' GPT2LMHeadModel.from_pretrained reads an
+exported folder. Neither direction needs transformers itself.
 
 Hugging Face stores a linear weight as (in, out), we as (out, in); it holds query, key and value side by side in one
 (C, 3C), we as (3, C, C). Its embedding has as many rows as there are tokens, ours is padded with zeros.
@@ -22,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-from heiretsu.kernels import plain
 from heiretsu.model.build import build_engine
 from heiretsu.model.config import ModelConfig
 from heiretsu.model.options import VOCAB_SIZES, parse_args
@@ -66,7 +66,7 @@ def import_gpt2(source: str | os.PathLike, out: str | os.PathLike) -> Path:
     weights = from_hf(read_tensors(Path(source)), model)
     tokenizer = {size: name for name, size in VOCAB_SIZES.items()}[model.vocab_size]
     config = replace(parse_args(["--tokenizer", tokenizer], world_size=1), model=model)
-    engine = build_engine(config, abstract_mesh(), plain)
+    engine = build_engine(config, abstract_mesh(), ops=None)  # nothing is computed
     for name, param in engine.params.items():
         with torch.no_grad():
             param.copy_(weights[name])
@@ -84,7 +84,7 @@ def export_gpt2(source: str | os.PathLike, out: str | os.PathLike) -> Path:
     taken = [name for name in ("config.json", WEIGHTS, INDEX) if (out / name).exists()]
     if taken:
         raise ValueError(f"{out}: holds {taken[0]} already; export into another folder")
-    model, run = load_model(source, plain)
+    model, run = load_model(source, ops=None)
     tensors = to_hf(dict(model.named_parameters()), model.config)
     out.mkdir(parents=True, exist_ok=True)
     # transformers wants to be told that these are PyTorch's
