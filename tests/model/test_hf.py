@@ -107,7 +107,7 @@ def evaluate_step_evaluate(mesh, source: Path, out: Path, sizes: dict) -> tuple[
     config = parse_args([*FLAGS.split(), *(f"--{name}={size}" for name, size in sizes.items())], mesh.world.size)
     engine = build_engine(config, mesh, plain)
     as_json = json.loads(config.to_json())
-    assert checkpoint.load(source, engine, as_json) == 0
+    checkpoint.load_parameters(source, engine, as_json)
     batch = [Microbatch(ids()[:, :-1], ids()[:, 1:])]
     before = engine.evaluate(batch)
     engine.step(batch)
