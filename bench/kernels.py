@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: CPU time, on a busy machine")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of plain out")
     parser.add_argument("--json", metavar="FILE", help="also write every figure there")
     parser.add_argument("--plot", metavar="DIR", help="also draw time against size, speed-ups and the roofline there")
@@ -53,20 +54,25 @@ def run_measurements(args) -> int:
 
     from heiretsu.bench import environment, measure, results, timing, workloads
 
+    if args.clock == "cpu" and args.threads != 1:
+        raise ValueError("--clock cpu also counts threads that wait for each other: use it with --threads 1")
     if args.threads:
         torch.set_num_threads(args.threads)
+    clock = timing.CLOCKS[args.clock]
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, args.dtype)
     chosen = choose(workloads.on_gpu(args.quick) if device.type == "cuda" else workloads.on_cpu(args.quick), args.op)
     facts = environment.describe(device)
-    roofline = timing.measure_roofline(device, dtype)
+    if args.clock == "cpu":
+        facts["clock"] = "CPU seconds of this process, because others used the machine, too"
+    roofline = timing.measure_roofline(device, dtype, clock)
     print(environment.as_text(facts))
     print(f"roof    {results.roofline_text(roofline, dtype)}\n\n{results.LEGEND}")
     found: list[measure.Result] = []
     for op in dict.fromkeys(workload.op for workload in chosen):
         of_op = []
         for workload in (workload for workload in chosen if workload.op == op):
-            of_op += measure.measure(workload, device, dtype, roofline, args.quick, not args.no_compile)
+            of_op += measure.measure(workload, device, dtype, roofline, args.quick, not args.no_compile, clock)
         print(f"\n{op}\n{results.table(of_op)}", flush=True)
         found += of_op
     if args.json:

@@ -1,5 +1,6 @@
 """One workload, every implementation: prepared, checked, and timed in turns."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,6 +65,7 @@ def measure(
     roofline: Roofline,
     quick: bool,
     compiled: bool = True,
+    clock: Callable = time.perf_counter,
 ) -> list[Result]:
     """Results in the order of `implementations`; each pass is timed for seconds, or half of one."""
     torch.compiler.reset()
@@ -94,7 +96,7 @@ def measure(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what a failed or a large implementation left behind
     for pass_name in PASSES:
-        timings = in_turns({name: passes[pass_name] for name, passes in sound.items()}, device, seconds, rounds)
+        timings = in_turns({name: passes[pass_name] for name, passes in sound.items()}, device, seconds, rounds, clock)
         ideal = _ideal_seconds(workload, dtype.itemsize, roofline)[pass_name]
         for result in results:
             if timing := timings.get(result.implementation):

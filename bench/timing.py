@@ -1,5 +1,6 @@
 """Clocks: implementations measured in turns within one run, and the rates that this device reaches at best."""
 
+import functools
 import gc
 import statistics
 import time
@@ -10,6 +11,9 @@ import torch
 
 from heiretsu.bench import memory
 
+# wall: what a user waits for. cpu: CPU seconds of this process, for a machine that others use, too; meaningful with one
+# thread only, because threads that wait for each other spin.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 FLUSH_BYTES = 256 * 2**20  # more than any L2 holds: a kernel should not find its inputs there
 
 
@@ -33,32 +37,33 @@ class Timing:
 
 
 def in_turns(
-    functions: dict[str, Callable], device: torch.device, seconds: float, rounds=(5, 100)
+    functions: dict[str, Callable], device: torch.device, seconds: float, rounds=(5, 100), clock=time.perf_counter
 ) -> dict[str, Timing]:
     """Time every function once a round, until `seconds` are spent and rounds[0] are done, or rounds[1] are.
 
     The order rotates, so that nobody always runs behind the same neighbour. Call each once before: this is no warm-up.
+    clock: of CLOCKS, for a CPU; a GPU is timed by its own events.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    clock = _GpuClock(device) if device.type == "cuda" else _cpu_time
+    measure = _GpuClock(device) if device.type == "cuda" else functools.partial(_cpu_time, clock=clock)
     order = list(functions)
-    started = time.perf_counter()
+    started = clock()
     gc.disable()
     try:
         for done in range(rounds[1]):
-            if done >= rounds[0] and time.perf_counter() - started > seconds:
+            if done >= rounds[0] and clock() - started > seconds:
                 break
             for name in order[done % len(order) :] + order[: done % len(order)]:
-                samples[name].append(clock(functions[name]))
+                samples[name].append(measure(functions[name]))
     finally:
         gc.enable()
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def _cpu_time(function: Callable) -> float:
-    started = time.perf_counter()
+def _cpu_time(function: Callable, clock: Callable) -> float:
+    started = clock()
     result = function()
-    elapsed = time.perf_counter() - started
+    elapsed = clock() - started
     del result
     return elapsed
 
@@ -91,14 +96,14 @@ class Roofline:
         return max(flops / self.flops_per_s, bytes_ / self.bytes_per_s)
 
 
-def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
+def measure_roofline(device: torch.device, dtype: torch.dtype, clock=time.perf_counter) -> Roofline:
     """Copy bandwidth of a tensor far larger than the caches, and the fastest of a few matrix products."""
     gpu = device.type == "cuda"
     source = torch.ones((2**30 if gpu else 2**28) // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copy = {"copy": lambda: target.copy_(source)}
     copy["copy"]()
-    best_copy = min(in_turns(copy, device, 0.5, (5, 20))["copy"].samples)
+    best_copy = min(in_turns(copy, device, 0.5, (5, 20), clock)["copy"].samples)
     bandwidth = 2 * source.numel() * source.element_size() / best_copy
     products, flops = {}, {}
     for rows, depth, columns in ((8192,) * 3, (16384, 4096, 4096)) if gpu else ((2048, 768, 3072), (1024, 1024, 4096)):
@@ -108,7 +113,7 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
         products[name], flops[name] = (lambda a=a, b=b: a @ b), 2 * rows * depth * columns
     for product in products.values():
         product()
-    times = in_turns(products, device, 1.0, (5, 40))
+    times = in_turns(products, device, 1.0, (5, 40), clock)
     return Roofline(bandwidth, max(flops[name] / min(times[name].samples) for name in products))
 
 

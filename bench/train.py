@@ -17,7 +17,7 @@ import importlib.util
 import json
 import os
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from heiretsu.bench import environment, tables
 from heiretsu.bench.results import engineering, milliseconds
-from heiretsu.bench.timing import Timing, measure_roofline, peak_extra_bytes
+from heiretsu.bench.timing import CLOCKS, Timing, measure_roofline, peak_extra_bytes
 from heiretsu.kernels import fused, plain
 from heiretsu.model.build import build_engine, count_parameters
 from heiretsu.model.options import RunConfig, parse_args
@@ -92,22 +92,22 @@ class Run:
         self.step_idx += 1
         return self.engine.step(batches).loss
 
-    def timed_step(self) -> float:
-        """Seconds, from when all ranks are ready until this one is done."""
+    def timed_step(self, clock: Callable[[], float]) -> float:
+        """Seconds by `clock`, from when all ranks are ready until this one is done."""
         if dist.is_initialized():
             dist.barrier()
         self._wait()
-        started = time.perf_counter()
+        started = clock()
         self.step()
         self._wait()
-        return time.perf_counter() - started
+        return clock() - started
 
     def _wait(self) -> None:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)
 
 
-def measure(variants: list[Variant], mesh: Mesh, rounds: int, sequential: bool) -> None:
+def measure(variants: list[Variant], mesh: Mesh, rounds: int, sequential: bool, clock: Callable[[], float]) -> None:
     """Fill in the variants. sequential: one model in memory at a time; else a step of each in every round."""
     groups = [[one] for one in variants] if sequential else [variants]
     expected = float("nan")
@@ -125,7 +125,7 @@ def measure(variants: list[Variant], mesh: Mesh, rounds: int, sequential: bool) 
         for done in range(rounds):
             names = list(runs)
             for name in names[done % len(names) :] + names[: done % len(names)]:
-                samples[name].append(runs[name].timed_step())
+                samples[name].append(runs[name].timed_step(clock))
         for one in group:
             if one.name in samples:
                 one.timing = Timing.of(samples[one.name])
@@ -141,7 +141,7 @@ def prepare(one: Variant, mesh: Mesh) -> Run:
     return run
 
 
-def peak_flops(device: torch.device, amp: str, ranks: int) -> tuple[float, str]:
+def peak_flops(device: torch.device, amp: str, ranks: int, clock: Callable[[], float]) -> tuple[float, str]:
     """(FLOP/s of the whole machine, where the figure is from). Ranks on a CPU share it; each has a GPU of its own."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -149,7 +149,7 @@ def peak_flops(device: torch.device, amp: str, ranks: int) -> tuple[float, str]:
             if known in name:
                 return peak * ranks, f"data sheet of the {known}, dense bf16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
-    rate = measure_roofline(device, dtype).flops_per_s
+    rate = measure_roofline(device, dtype, clock).flops_per_s
     if device.type == "cuda":
         return rate * ranks, "matrix products measured here"
     return rate, "matrix products measured here"
@@ -187,9 +187,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each variant (%(default)s)")
     parser.add_argument("--sequential", action="store_true", help="one model in memory at a time: for large ones")
     parser.add_argument("--threads", type=int, help="CPU threads of each rank (default: PyTorch's own choice)")
+    parser.add_argument("--clock", default="wall", choices=sorted(CLOCKS), help="cpu: CPU time, on a busy machine")
     parser.add_argument("--json", metavar="FILE", help="also write every figure there")
     args, training_flags = parser.parse_known_args()
     base = parse_args(training_flags)
+    if args.clock == "cpu" and args.threads != 1:
+        parser.error("--clock cpu also counts threads that wait for each other: use it with --threads 1")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = find_device(base.device)
@@ -203,7 +206,9 @@ def main() -> int:
     mesh = make_mesh(base.dp, base.ep, base.pp, base.tp, device)
     ranks = mesh.world.size
     facts = environment.describe(device)
-    peaks = {one.config.amp: peak_flops(device, one.config.amp, ranks) for one in variants}
+    if args.clock == "cpu":
+        facts["clock"] = "CPU seconds of rank 0, because others used the machine, too"
+    peaks = {one.config.amp: peak_flops(device, one.config.amp, ranks, CLOCKS[args.clock]) for one in variants}
     if mesh.rank == 0:
         allocator = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
         print(environment.as_text(facts | {"malloc": str(allocator)} if allocator else facts))
@@ -211,7 +216,7 @@ def main() -> int:
         for amp, (peak, source) in peaks.items():
             print(f"peak    {engineering(peak)}FLOP/s for {base.dtype if amp == 'none' else amp}: {source}")
         print(f"fused   {fused.describe(device)}", flush=True)
-    measure(variants, mesh, args.rounds, args.sequential)
+    measure(variants, mesh, args.rounds, args.sequential, CLOCKS[args.clock])
     if mesh.rank == 0:
         print(f"\n{tables.aligned(HEADERS, rows(variants, peaks))}\n")
         print(

@@ -116,6 +116,15 @@ def test_rounds_alternate_and_the_order_rotates():
     assert all(len(timing.samples) == 3 for timing in timings.values())
 
 
+def test_cpu_clock_is_that_of_the_process_and_wants_one_thread():
+    ticks = iter(range(100))
+    timings = in_turns({"a": lambda: None}, CPU, seconds=0.0, rounds=(3, 3), clock=lambda: next(ticks))
+    assert timings["a"].samples == (1, 1, 1)
+    args = kernels.build_parser().parse_args(["--clock", "cpu", "--threads", "2"])
+    with pytest.raises(ValueError, match="--clock cpu .* use it with --threads 1"):
+        kernels.run_measurements(args)
+
+
 def test_speedup_is_the_median_over_rounds_so_that_drift_cancels():
     slow, fast = Timing.of([2.0, 4.0, 8.0]), Timing.of([1.0, 2.0, 4.0])
     assert fast.speedup_over(slow) == 2.0
