@@ -146,6 +146,31 @@ def test_pre_activations_are_kept_only_for_a_backward(triton_device):
         assert torch.equal(moe.expert_mlp(*values), op(*values, True)[0])
 
 
+# The tile
+
+
+@triton_only
+@pytest.mark.parametrize(
+    ("dtype", "F", "entry"),
+    [
+        (torch.bfloat16, 32, "grouped_gemm"),
+        (torch.bfloat16, 24, "grouped_gemm_odd"),
+        (torch.float32, 24, "grouped_gemm"),
+    ],
+)
+def test_odd_sizes_of_16_bit_take_the_tile_that_does_not_spill(monkeypatch, triton_device, dtype, F, entry):
+    asked, parameters = set(), launch.parameters
+
+    def record(kernel, *args, **kwargs):
+        asked.add(kernel)
+        return parameters(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(launch, "parameters", record)
+    with torch.no_grad():
+        moe.expert_mlp(*arguments(C=16, F=F, dtype=dtype, device=triton_device))
+    assert {name for name in asked if name.startswith("grouped_gemm")} == {entry}
+
+
 # Determinism
 
 
