@@ -24,9 +24,9 @@ def _tiles(block_m, block_n, num_warps, num_stages, **more):
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, **more)
 
 
-# Attention, by head dim. Behind an entry: the bound that the other pipes set to the tensor cores, registers / spilled
-# bytes / programs on an SM, all at bf16, causal; and what a neighbour would give. For H100 every dot has N >= 64, which
-# wgmma needs for its full rate; for A100 and MI300X registers decide.
+# Attention, by head dim. Behind an entry: the bound that the other pipes set to the tensor cores (less what is computed
+# twice), registers / spilled bytes / programs on an SM, all at bf16, causal; and what a neighbour would give. On H100
+# every dot has N >= 64, which wgmma needs for its full rate; on A100 and MI300X registers decide.
 TABLE["ampere"] |= {
     "attention_forward": {
         64: _tiles(128, 64, 4, 2),  # 1.00, 255/0/2; 8 warps .80: each reads all of k and v from shared memory
@@ -95,8 +95,8 @@ TABLE["cdna3"] |= {
         256: _tiles(64, 16, 4, 1),  # .84, 240/0/2
     },
 }
-# float32 dots are made of FMAs: small tiles, so that neither registers nor the unrolled code explode. No spills on A100;
-# at D = 128 on MI300X 32 x 32 would spill 550 registers in dkdv.
+# float32 dots are made of FMAs: small tiles, so that neither registers nor the unrolled code explode. No spills on A100
+# (112 registers at D = 128, 255 at 256); at D = 128 on MI300X 32 x 32 would spill 550 registers in dkdv.
 for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
     _dims = (64, 256) if _arch == "cdna3" else (64, 128, 256)
     _backward = {64: _tiles(32, 32, 4, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 16, 4, 1)}
