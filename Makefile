@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+JOBS   ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test lint format types emulate audit bench wheel clean
@@ -33,7 +34,7 @@ train: $(VENV)/.installed ## train a small GPT on the embedded corpus (ARGS="--m
 	$(BIN)/python train.py $(ARGS)
 
 test: $(VENV)/.installed-dev ## run every test, the Triton kernels in the interpreter included
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: types ## ruff (lint and format) and the type check
 	$(BIN)/ruff check .
