@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from heiretsu.kernels import plain
+from heiretsu.kernels.cpu_random import BlockPhilox
 from heiretsu.kernels.random import drop_threshold
 
 # Elements of a block. Four float32 blocks of 2**17 are 2 MiB, the L2 caches of two cores; smaller ones pay more for
@@ -175,81 +176,48 @@ def layer_norm(x, weight, bias, eps=1e-5, residual=None):
     return y if residual is None else (y, total)
 
 
-_MASK32 = 0xFFFFFFFF
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox-4x32 multipliers and key increments, as in heiretsu.kernels.random
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
-
-
-def _low(a):
-    return a & _MASK32
-
-
-def _high(a):
-    return (a >> 32) & _MASK32
-
-
 def keep_mask(shape, p, seed, offset=0):
-    """`random.dropout_keep_mask` bit for bit, (B, T, C) bool, without its hundred passes over int64 tensors.
-
-    The first counters are a channel, a position, zero and a sample, so in the first two of the ten rounds every word
-    but one depends on one or two of them and costs nothing; the others run in place on blocks that stay in the cache.
-    """
+    """`random.dropout_keep_mask` bit for bit, (B, T, C) bool, in blocks of a sample that the cache holds."""
     B, T, C = shape
-    threshold = drop_threshold(p)
-    keys = [((seed + i * _W0) & _MASK32, ((seed >> 32) + i * _W1) & _MASK32) for i in range(10)]
-    keep = torch.empty(shape, dtype=torch.bool)
-    blocks = _blocks(T, C)
-    scratch = _scratch(blocks, C, torch.int64, 5)
-    c, t = torch.arange(C), torch.arange(T)[:, None]
-    first = c * _M0
-    position = (t ^ keys[0][0]) * _M0  # (T, 1): the first product of the second round
+    keep, threshold = torch.empty(shape, dtype=torch.bool), drop_threshold(p)
+    positions, channels, blocks = torch.arange(T), torch.arange(C), _blocks(T, C)
+    random = BlockPhilox(blocks[0].stop * C)
     for b in range(B):
-        sample = (_high(first) ^ ((b + offset) & _MASK32) ^ keys[0][1]) * _M1  # (C,): its second product
-        word0, word1 = _high(sample) ^ keys[1][0], _low(sample)
         for block in blocks:
-            n = block.stop - block.start
-            a0, a2, p0, p1, free = (s[:n] for s in scratch)
-            torch.bitwise_xor(_high(position[block]), _low(first) ^ keys[1][1], out=a2)
-            third = word0 * _M0  # (C,): the third round, whose first product is the same at every position
-            torch.mul(a2, _M1, out=p1)
-            torch.bitwise_right_shift(p1, 32, out=a0).bitwise_xor_(word1 ^ keys[2][0]).bitwise_and_(_MASK32)
-            torch.bitwise_xor(_low(position[block]), _high(third) ^ keys[2][1], out=a2)
-            p0.copy_(third.expand(n, C))
-            for k0, k1 in keys[3:9]:
-                # The words between products are kept to 32 bits; of a product that serves as a word, only the low 32
-                # bits count until the next mask.
-                torch.mul(a0, _M0, out=free)
-                torch.bitwise_right_shift(free, 32, out=a0).bitwise_xor_(p0).bitwise_xor_(k1).bitwise_and_(_MASK32)
-                p0, free = free, p0
-                torch.mul(a2, _M1, out=free)
-                torch.bitwise_right_shift(free, 32, out=a2).bitwise_xor_(p1).bitwise_xor_(k0).bitwise_and_(_MASK32)
-                p1, free = free, p1
-                a0, a2 = a2, a0
-            a2.mul_(_M1).bitwise_right_shift_(32).bitwise_xor_(p1).bitwise_xor_(keys[9][0]).bitwise_and_(_MASK32)
-            torch.ge(a2, threshold, out=keep[b, block])
+            bits = random.draw(seed, positions[block], channels, head=0, batch=(b + offset) & 0xFFFFFFFF)
+            torch.ge(bits, threshold, out=keep[b, block])
     return keep
 
 
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(x, p, seed, offset):
-        keep = keep_mask(x.shape, p, seed, offset)
-        return torch.where(keep, x / (1.0 - p), 0.0), keep
+@torch.library.custom_op("heiretsu::cpu_dropout", mutates_args=())
+def _dropout(x: torch.Tensor, p: float, seed: int, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An operator and not its formula, so that one compiled graph serves every seed. Returns out and the mask."""
+    keep = keep_mask(x.shape, p, seed, offset)
+    return torch.where(keep, x / (1.0 - p), 0.0).contiguous(), keep
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.keep_probability = 1.0 - inputs[1]
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, _):
-        return torch.where(ctx.saved_tensors[0], dout / ctx.keep_probability, 0.0), None, None, None
+@_dropout.register_fake
+def _(x, p, seed, offset):
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return out, torch.empty_like(out, dtype=torch.bool)
+
+
+def _setup_dropout(ctx, inputs, output):
+    ctx.keep_probability = 1.0 - inputs[1]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _dropout_backward(ctx, dout, _):
+    return torch.where(ctx.saved_tensors[0], dout / ctx.keep_probability, 0.0), None, None, None
+
+
+_dropout.register_autograd(_dropout_backward, setup_context=_setup_dropout)
 
 
 def dropout(x, p, seed, offset=0):
     """`plain.dropout` on CPU tensors; saves the mask, one byte an element. x: (B, T, C)."""
-    if p == 0.0 or torch.compiler.is_compiling():
+    if p == 0.0 or x.numel() == 0:
+        drop_threshold(p)  # raises for a p out of range
         return plain.dropout(x, p, seed, offset)
-    return _Dropout.apply(x, p, seed, offset)[0]
+    return _dropout(x, float(p), seed - 2**64 if seed >= 2**63 else seed, offset)[0]  # the same 64 bits, signed

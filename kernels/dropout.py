@@ -86,7 +86,7 @@ def dropout(x: torch.Tensor, p: float, seed: int, offset: int = 0) -> torch.Tens
     if p == 0.0:
         return x
     launch.require_device("dropout", x)
-    return _dropout(x, float(p), (seed + 2**63) % 2**64 - 2**63, offset)  # the seed's 64 bits as a signed number
+    return _dropout(x, float(p), seed - 2**64 if seed >= 2**63 else seed, offset)  # the same 64 bits, signed
 
 
 def audit_cases(arch: str) -> list[launch.AuditCase]:

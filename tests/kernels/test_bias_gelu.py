@@ -1,0 +1,108 @@
+"""bias_gelu beyond parity: derivatives, tracing, determinism, and what it refuses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heiretsu.kernels import cpu_pointwise, fused
+from tests.kernels import forms
+from tests.kernels.cases.bias_gelu import CASES
+from tests.kernels.parity import Case, check
+
+if forms.HAS_TRITON:
+    from heiretsu.kernels import bias_gelu as triton_bias_gelu
+    from heiretsu.kernels import launch
+
+FORMS = [pytest.param("cpu", id="cpu-form"), pytest.param("triton", id="triton", marks=pytest.mark.triton)]
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def function(form):
+    """The form of bias_gelu, and the device of its tensors."""
+    if form == "cpu":
+        return cpu_pointwise.bias_gelu, "cpu"
+    return triton_bias_gelu.bias_gelu, forms.TRITON_DEVICE
+
+
+def inputs(device, *shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    x, bias = torch.randn(shape, generator=generator), torch.randn(shape[-1:], generator=generator)
+    return [t.to(device, dtype).requires_grad_() for t in (x, bias)]
+
+
+@each_form
+def test_gradients_are_those_of_finite_differences(form):
+    op, device = function(form)
+    if device == "cuda":
+        pytest.skip("float64 runs in the interpreter alone")
+    assert torch.autograd.gradcheck(op, inputs(device, 9, 3))
+
+
+@each_form
+def test_a_second_derivative_is_an_error(form):
+    op, device = function(form)
+    x, bias = inputs(device, 2, 3, dtype=torch.float32)
+    (dx,) = torch.autograd.grad(op(x, bias).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        dx.sum().backward()
+
+
+@each_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_without_a_graph_break_and_stays_exact(form, dtype):
+    """The CPU form is another formula while it is traced, so that is held to the rule as well."""
+    op, device = function(form)
+    (case,) = (case for case in CASES if case.name == "tails")
+    check(case, dtype, torch.compile(op, fullgraph=True, backend="aot_eager"), device)
+
+
+@each_form
+def test_the_same_bits_twice(form):
+    op, device = function(form)
+    x, bias = inputs(device, 100, 70, dtype=torch.float32)
+    first, second = (torch.autograd.grad(op(x, bias).square().sum(), (x, bias)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@each_form
+@pytest.mark.parametrize("bias_shape", [(5,), (1,), (2, 6)])
+def test_a_bias_of_another_shape_is_refused(form, bias_shape):
+    op, device = function(form)
+    with pytest.raises(ValueError, match="bias_gelu: bias"):
+        op(torch.ones(2, 6, device=device), torch.ones(bias_shape, device=device))
+
+
+def test_the_cpu_form_saves_no_more_than_the_derivative():
+    saved = []
+    x, bias = inputs("cpu", 50, 64, dtype=torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel() * t.itemsize), lambda t: t):
+        cpu_pointwise.bias_gelu(x, bias)
+    assert sum(saved) == x.numel() * 2
+
+
+@settings(max_examples=15, deadline=None, database=None)
+@given(N=st.integers(0, 40), F=st.integers(1, 80), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_any_shape_agrees_with_plain(N, F, dtype):
+    def draw(generator, dtype):
+        x, bias = torch.randn(N, F, generator=generator), torch.randn(F, generator=generator)
+        return {"x": x.to(dtype).requires_grad_(), "bias": bias.to(dtype).requires_grad_()}
+
+    check(Case("bias_gelu", f"{N} x {F}", "any shape", draw), dtype, fused.bias_gelu)
+
+
+@pytest.mark.triton
+def test_opcheck():
+    x, bias = inputs(forms.TRITON_DEVICE, 3, 5, dtype=torch.float32)
+    torch.library.opcheck(triton_bias_gelu._forward, (x, bias))
+    torch.library.opcheck(triton_bias_gelu._backward, (torch.ones(3, 5, device=x.device), x.detach(), bias.detach()))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("blocks", [dict(BLOCK_N=4, BLOCK_F=16), dict(ROWS=8), dict(ROWS=64)])
+def test_any_blocks_give_the_same_gradients(blocks):
+    x, bias = inputs(forms.TRITON_DEVICE, 37, 45, dtype=torch.float32)
+    expected = torch.autograd.grad(triton_bias_gelu.bias_gelu(x, bias).sum(), (x, bias))
+    with launch.override(**blocks):
+        got = torch.autograd.grad(triton_bias_gelu.bias_gelu(x, bias).sum(), (x, bias))
+    torch.testing.assert_close(got, expected)

@@ -1,0 +1,237 @@
+"""linear_cross_entropy beyond parity: the usual loss, memory, shards, tracing, determinism, and what it refuses."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heiretsu.kernels import cpu_cross_entropy, fused, plain
+from tests.kernels import forms
+from tests.kernels.parity import Case, check, compare
+
+if forms.HAS_TRITON:
+    from heiretsu.kernels import cross_entropy as triton_cross_entropy
+    from heiretsu.kernels import launch
+
+FORMS = [pytest.param("cpu", id="cpu-form"), pytest.param("triton", id="triton", marks=pytest.mark.triton)]
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def function(form):
+    """The form of linear_cross_entropy, and the device of its tensors."""
+    if form == "cpu":
+        return cpu_cross_entropy.linear_cross_entropy, "cpu"
+    return triton_cross_entropy.linear_cross_entropy, forms.TRITON_DEVICE
+
+
+def inputs(device, N=40, C=20, V=70, dtype=torch.float32, weights=None, ignored=0):
+    """x, weight, targets, of which the first `ignored` are -100."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(N, C, generator=generator), torch.randn(V, C, generator=generator)
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[:ignored] = -100
+    x, weight = x.to(device, dtype).requires_grad_(), weight.to(device, weights or dtype).requires_grad_()
+    return x, weight, targets.to(device)
+
+
+def mean_loss(op, x, weight, targets, scale=1.0):
+    """scale * the mean over tokens that have a target."""
+    lse, target_logit = op(x, weight, targets)
+    return torch.where(targets >= 0, lse - target_logit, 0.0).sum() * (scale / (targets >= 0).sum())
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Three chunks of tokens, row blocks of a few rows and several blocks of the vocabulary, in the CPU form."""
+    monkeypatch.setattr(cpu_cross_entropy, "_CHUNK_ELEMENTS", 16 * 70)
+    monkeypatch.setattr(cpu_cross_entropy, "_ROW_BLOCK_ELEMENTS", 3 * 70)
+    monkeypatch.setattr(cpu_cross_entropy, "_VOCAB_BLOCK", 32)
+
+
+@each_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ignored", [0, 7, 40])
+def test_gradients_of_the_mean_loss(form, dtype, ignored, small_chunks):
+    """dlse is one number wherever there is a target: what the CPU form computes in advance."""
+    op, device = function(form)
+    values = inputs(device, dtype=dtype, weights=torch.float32, ignored=ignored)
+    if ignored == 40:
+        values[2][:] = -100
+        got = torch.autograd.grad(op(*values)[0].sum() * 0.0, values[:2])
+        assert all(not g.any() for g in got)
+        return
+    wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in values]
+    got, own = (torch.autograd.grad(mean_loss(f, *values, 3.0), values[:2]) for f in (op, plain.linear_cross_entropy))
+    reference = torch.autograd.grad(mean_loss(plain.linear_cross_entropy, *wide, 3.0), wide[:2])
+    for name, *tensors in zip(("dx", "dweight"), got, own, reference, strict=True):
+        assert not compare(*tensors, gradient_size=3.0 / 33).message, name
+
+
+@pytest.mark.parametrize("case", ["scaled", "target alone", "one token weighted", "target of another shard"])
+def test_the_cpu_form_recognises_a_loss_that_it_did_not_foresee(case, small_chunks):
+    x, weight, targets = inputs("cpu", ignored=5)
+    targets = targets + 40 * (case == "target of another shard")
+    dlse, dtarget = (targets >= 0) * 0.5, (targets >= 0) * -0.5
+    if case == "scaled":
+        dtarget = dtarget * 3
+    elif case == "target alone":
+        dlse = dlse * 0
+    elif case == "one token weighted":
+        dlse[9] *= 2
+    got, expected = (
+        torch.autograd.grad(f(x, weight, targets), (x, weight), (dlse, dtarget))
+        for f in (cpu_cross_entropy.linear_cross_entropy, plain.linear_cross_entropy)
+    )
+    torch.testing.assert_close(got, expected)
+
+
+def test_the_cpu_form_gives_the_same_gradients_twice_from_one_graph():
+    x, weight, targets = inputs("cpu")
+    loss = mean_loss(cpu_cross_entropy.linear_cross_entropy, x, weight, targets)
+    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    second = torch.autograd.grad(2 * loss, (x, weight))
+    torch.testing.assert_close([2 * g for g in first], list(second))
+
+
+@each_form
+def test_shards_of_the_vocabulary_combine(form):
+    op, device = function(form)
+    x, weight, targets = inputs(device)
+    whole_lse, whole_target = op(x, weight, targets)
+    parts = [op(x, weight[start : start + 35], targets, start) for start in (0, 35)]
+    torch.testing.assert_close(torch.stack([lse for lse, _ in parts]).logsumexp(0), whole_lse)
+    torch.testing.assert_close(parts[0][1] + parts[1][1], whole_target)
+
+
+@each_form
+def test_gradients_are_those_of_finite_differences(form):
+    op, device = function(form)
+    if device == "cuda":
+        pytest.skip("float64 runs in the interpreter alone")
+    x, weight, targets = inputs(device, N=4, C=3, V=5, dtype=torch.float64, ignored=1)
+    assert torch.autograd.gradcheck(lambda x, weight: op(x, weight, targets), (x, weight))
+    assert torch.autograd.gradcheck(lambda x, weight: mean_loss(op, x, weight, targets), (x, weight))
+
+
+@each_form
+def test_a_second_derivative_is_an_error(form):
+    op, device = function(form)
+    x, weight, targets = inputs(device)
+    (dx,) = torch.autograd.grad(mean_loss(op, x, weight, targets), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        dx.sum().backward()
+
+
+@each_form
+def test_opcheck(form):
+    _, device = function(form)
+    x, weight, targets = inputs(device, N=5, C=4, V=6)
+    dlse = torch.ones(5, device=device)
+    if form == "cpu":
+        torch.library.opcheck(cpu_cross_entropy._forward, (x, weight, targets, 0, True, True))
+        detached = x.detach(), weight.detach(), targets
+        lse, _, q_weight, q_x = cpu_cross_entropy._forward(*detached, 0, True, True)
+        torch.library.opcheck(cpu_cross_entropy._backward, (dlse, -dlse, *detached, lse, q_weight, q_x, 0))
+    else:
+        torch.library.opcheck(triton_cross_entropy._forward, (x, weight, targets, 0))
+        arguments = (dlse, -dlse, x.detach(), weight.detach(), targets, dlse, 0)
+        for needs in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(triton_cross_entropy._backward, (*arguments, *needs))
+
+
+@each_form
+def test_compiles_without_a_graph_break(form):
+    op, device = function(form)
+    x, weight, targets = inputs(device)
+    compiled = torch.compile(lambda x, weight: mean_loss(op, x, weight, targets), fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(x, weight), (x, weight))
+    expected = torch.autograd.grad(mean_loss(op, x, weight, targets), (x, weight))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@each_form
+def test_the_same_bits_twice(form):
+    op, device = function(form)
+    values = inputs(device, V=200)
+    first, second = (
+        torch.autograd.grad(op(*values), values[:2], (torch.ones(40, device=device),) * 2) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@each_form
+def test_other_shapes_are_refused(form):
+    op, device = function(form)
+    x, weight, targets = inputs(device)
+    for wrong in ((x[0], weight, targets), (x[:, 1:], weight, targets), (x, weight, targets[1:])):
+        with pytest.raises(ValueError, match=r"must be \(N, C\), \(V, C\), \(N,\)"):
+            op(*wrong)
+
+
+@settings(max_examples=10, deadline=None, database=None)
+@given(N=st.integers(0, 50), C=st.integers(1, 40), V=st.integers(1, 150), start=st.integers(0, 100))
+def test_any_shape_agrees_with_plain(N, C, V, start):
+    def draw(generator, dtype):
+        x, weight = torch.randn(N, C, generator=generator), torch.randn(V, C, generator=generator)
+        targets = torch.randint(0, V + 100, (N,), generator=generator)
+        x, weight = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        return {"x": x, "weight": weight, "targets": targets, "vocab_start": start}
+
+    check(Case("linear_cross_entropy", f"{N} {C} {V}", "any shape", draw), torch.float32, fused.linear_cross_entropy)
+
+
+def test_the_cpu_form_holds_a_chunk_and_never_the_logits():
+    """Peak memory of a process that takes the loss and its gradients at N = 1536, V = 30000: logits are 184 MB."""
+    program = (
+        "import resource, torch, sys\n"
+        "from heiretsu.kernels import cpu_cross_entropy as ours, plain\n"
+        "ours._CHUNK_ELEMENTS = 1_000_000\n"
+        "x, w = torch.randn(1536, 16, requires_grad=True), torch.randn(30000, 16, requires_grad=True)\n"
+        "t = torch.randint(0, 30000, (1536,))\n"
+        "op = (ours if sys.argv[1] == 'ours' else plain).linear_cross_entropy\n"
+        "lse, target = op(x[:8], w, t[:8])\n"
+        "(lse - target).mean().backward()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "lse, target = op(x, w, t)\n"
+        "(lse - target).mean().backward()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    ours, own = (
+        int(subprocess.run([sys.executable, "-c", program, which], capture_output=True, text=True, check=True).stdout)
+        * (1 if sys.platform == "darwin" else 1024)
+        for which in ("ours", "plain")
+    )
+    logits = 1536 * 30000 * 4
+    assert own > logits > 4 * ours, f"{ours / 2**20:.0f} MiB more against {own / 2**20:.0f} of plain"
+
+
+@pytest.mark.triton
+def test_the_triton_form_allocates_no_tensor_as_large_as_the_logits(monkeypatch):
+    x, weight, targets = inputs(forms.TRITON_DEVICE, N=64, C=8, V=640)
+    largest = 0
+    new_empty = torch.Tensor.new_empty
+
+    def recording(self, *size, **options):
+        nonlocal largest
+        out = new_empty(self, *size, **options)
+        largest = max(largest, out.numel())
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", recording)
+    torch.autograd.grad(triton_cross_entropy.linear_cross_entropy(x, weight, targets)[0].sum(), (x, weight))
+    assert weight.numel() <= largest < 64 * 640 / 4
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("blocks", [dict(SPLIT_V=32), dict(BLOCK_N=16, BLOCK_C=32), dict(BUFFER_ELEMENTS=1 << 20)])
+def test_any_blocks_give_the_same_results(blocks):
+    values = inputs(forms.TRITON_DEVICE, V=200)
+    ones = (torch.ones(40, device=values[0].device),) * 2
+    op = triton_cross_entropy.linear_cross_entropy
+    expected = [*op(*values), *torch.autograd.grad(op(*values), values[:2], ones)]
+    with launch.override(**blocks):
+        got = [*op(*values), *torch.autograd.grad(op(*values), values[:2], ones)]
+    torch.testing.assert_close(got, expected)
