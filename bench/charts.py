@@ -138,14 +138,13 @@ def speedups(results: list[Result], colors: dict[str, str]) -> Figure:
 
 def under_the_roofline(results: list[Result], roofline: Roofline, colors: dict[str, str]) -> Figure:
     """FLOP/s against FLOPs a byte (Williams et al. 2009), the largest size of each series; a column is one series."""
-    figure = Figure(figsize=(9.5, 5.6))
-    _legend(figure, colors, "Useful FLOP/s under this device's measured roofline, forward + backward")
-    axis = figure.subplots()
     columns = sorted(_largest_of_each_series(results), key=lambda group: _intensity(group[0]))
-    ops = [group[0].workload.op for group in columns]
+    figure = Figure(figsize=(11, max(5.4, 0.36 * len(columns) + 1.4)))
+    _legend(figure, colors, "Useful FLOP/s under this device's measured roofline, forward + backward")
+    axis, key = figure.subplots(1, 2, width_ratios=(3.4, 1))
     placed: list[float] = []
-    for group in columns:
-        workload, x = group[0].workload, _intensity(group[0])
+    for number, group in enumerate(columns, start=1):
+        x = _intensity(group[0])
         while any(abs(math.log(x / other)) < 0.12 for other in placed):  # beside a column, not on top of it
             x *= 1.13
         placed.append(x)
@@ -154,14 +153,20 @@ def under_the_roofline(results: list[Result], roofline: Roofline, colors: dict[s
         for result, value in zip(group, y, strict=True):
             front = 2 + (result.implementation == OURS)
             axis.scatter(x, value, s=42, color=colors[result.implementation], edgecolor="white", lw=0.6, zorder=front)
-        label = workload.op if ops.count(workload.op) == 1 else f"{workload.op}  {workload.series}"
-        axis.annotate(label, (x, min(y)), (1, -9), textcoords="offset points", rotation=-38, rotation_mode="anchor",
-                      ha="left", va="center", fontsize=7.5, color=FAINT)  # fmt: skip
-    _draw_roof(axis, roofline, min(placed) / 3, max(*placed, 4 * roofline.flops_per_s / roofline.bytes_per_s) * 4)
+        axis.annotate(f"{number}", (x, min(y)), (0, -13), textcoords="offset points", ha="center", fontsize=8.5)
+    _draw_roof(axis, roofline, min(placed) / 3, max(*placed, 4 * roofline.flops_per_s / roofline.bytes_per_s) * 2)
     axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: engineering(value)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.margins(y=0.14)
+    key.set_axis_off()
+    for number, group in enumerate(columns, start=1):
+        workload, top = group[0].workload, 1 - (number - 1) / max(12, len(columns))
+        key.text(0, top, f"{number}", fontsize=8.5, va="top", ha="right", transform=key.transAxes)
+        key.text(0.05, top, f"{workload.op}", fontsize=8.5, va="top", transform=key.transAxes)
+        key.annotate(
+            workload.name, (0.05, top), (0, -11), textcoords="offset points", fontsize=7.5, color=FAINT, va="top"
+        )
     return figure
 
 

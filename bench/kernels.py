@@ -78,8 +78,7 @@ def run_measurements(args) -> int:
     if args.json:
         Path(args.json).write_text(json.dumps(results.as_json(found, facts, roofline, dtype), indent=1) + "\n")
     if args.output:
-        command = "python bench/kernels.py" + "".join(f" {flag}" for flag in sys.argv[1:])
-        Path(args.output).write_text(results.markdown(found, facts, roofline, dtype, command))
+        Path(args.output).write_text(results.markdown(found, facts, roofline, dtype, command_line(args)))
     if args.plot:
         from heiretsu.bench import charts
 
@@ -89,6 +88,14 @@ def run_measurements(args) -> int:
     for result in failed:
         print(f"FAIL  {result.workload.op} {result.workload.name}: {result.problem}")
     return 1 if failed else 0
+
+
+def command_line(args) -> str:
+    """The command that makes these figures again: what decides them, without the files that they go to."""
+    flags = [f"--op {op}" for op in args.op or ()] + ["--quick"] * args.quick + ["--no-compile"] * args.no_compile
+    flags += [f"--{name} {value}" for name in ("device", "threads") if (value := getattr(args, name))]
+    flags += [f"--dtype {args.dtype}"] * (args.dtype != "bfloat16") + [f"--clock {args.clock}"] * (args.clock != "wall")
+    return " ".join(["python bench/kernels.py", *flags, "--output FILE"])
 
 
 def choose(workloads, ops: list[str] | None):

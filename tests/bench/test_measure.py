@@ -125,6 +125,13 @@ def test_cpu_clock_is_that_of_the_process_and_wants_one_thread():
         kernels.run_measurements(args)
 
 
+def test_report_names_the_command_without_the_files_of_this_machine():
+    flags = "--op route --quick --threads 1 --clock cpu --json /here/x.json --plot /here --output /here/x.md"
+    args = kernels.build_parser().parse_args(flags.split())
+    expected = "python bench/kernels.py --op route --quick --threads 1 --clock cpu --output FILE"
+    assert kernels.command_line(args) == expected
+
+
 def test_speedup_is_the_median_over_rounds_so_that_drift_cancels():
     slow, fast = Timing.of([2.0, 4.0, 8.0]), Timing.of([1.0, 2.0, 4.0])
     assert fast.speedup_over(slow) == 2.0
