@@ -2,7 +2,7 @@
 
 A bf16 activation costs ATen either slow mixed-dtype loops or float32 copies of the whole tensor; here a block of rows
 is widened to float32, worked on in place and narrowed again, so the only traffic is reading the input and writing the
-output. Measured against plain at bf16, one thread, (2048, 1536): bias_gelu forward and backward 2.2 times as fast.
+output.
 
 While torch.compile traces (torch.compiler.is_compiling()), each op is its formula instead: Inductor fuses that into one
 pass itself, and better than anything opaque to it.
@@ -96,9 +96,10 @@ class _BiasGelu(torch.autograd.Function):
         dx = torch.empty_like(derivative) if need_dx else None
         dbias = torch.zeros(width, dtype=wide)
         blocks = _blocks(rows, width)
-        (all_d,) = _scratch(blocks, width, wide, 1)
+        all_d, all_dout = _scratch(blocks, width, wide, 2)
         for block in blocks:
-            d = all_d[: block.stop - block.start].copy_(derivative[block]).mul_(dout2[block])
+            n = block.stop - block.start
+            d = all_d[:n].copy_(derivative[block]).mul_(all_dout[:n].copy_(dout2[block]))
             if need_dx:
                 dx[block] = d
             if need_dbias:
