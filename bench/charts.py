@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from heiretsu.bench.chart_style import FAINT, INK, MUTED, SERIES, STYLE
 from heiretsu.bench.measure import BASELINE, BOTH, COMPILED, OURS, Result
-from heiretsu.bench.results import engineering
+from heiretsu.bench.result_tables import engineering
 from heiretsu.bench.timing import Roofline
 
 COLORS = {BASELINE: MUTED, OURS: SERIES[0], COMPILED: SERIES[1]}

@@ -52,7 +52,7 @@ def run_measurements(args) -> int:
     """The exit code: 1 where one of our own ops has no number."""
     import torch
 
-    from heiretsu.bench import environment, measure, results, timing, workloads
+    from heiretsu.bench import environment, measure, result_tables, timing, workloads
 
     if args.clock == "cpu" and args.threads != 1:
         raise ValueError("--clock cpu also counts threads that wait for each other: use it with --threads 1")
@@ -67,18 +67,18 @@ def run_measurements(args) -> int:
         facts["clock"] = "CPU seconds of this process, because others used the machine, too"
     roofline = timing.measure_roofline(device, dtype, clock)
     print(environment.as_text(facts))
-    print(f"roof    {results.roofline_text(roofline, dtype)}\n\n{results.LEGEND}")
+    print(f"roof    {result_tables.roofline_text(roofline, dtype)}\n\n{result_tables.LEGEND}")
     found: list[measure.Result] = []
     for op in dict.fromkeys(workload.op for workload in chosen):
         of_op = []
         for workload in (workload for workload in chosen if workload.op == op):
             of_op += measure.measure(workload, device, dtype, roofline, args.quick, not args.no_compile, clock)
-        print(f"\n{op}\n{results.table(of_op)}", flush=True)
+        print(f"\n{op}\n{result_tables.table(of_op)}", flush=True)
         found += of_op
     if args.json:
-        Path(args.json).write_text(json.dumps(results.as_json(found, facts, roofline, dtype), indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(result_tables.as_json(found, facts, roofline, dtype), indent=1) + "\n")
     if args.output:
-        Path(args.output).write_text(results.markdown(found, facts, roofline, dtype, command_line(args)))
+        Path(args.output).write_text(result_tables.markdown(found, facts, roofline, dtype, command_line(args)))
     if args.plot:
         from heiretsu.bench import charts
 

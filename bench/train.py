@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from heiretsu.bench import environment, tables
-from heiretsu.bench.results import engineering, milliseconds
+from heiretsu.bench.result_tables import engineering, milliseconds
 from heiretsu.bench.timing import CLOCKS, Timing, measure_roofline, peak_extra_bytes
 from heiretsu.kernels import fused, plain
 from heiretsu.model.build import build_engine, count_parameters

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heiretsu.bench import charts, kernels, measure, memory, results, rivals, tables, train, workloads
+from heiretsu.bench import charts, kernels, measure, memory, result_tables, rivals, tables, train, workloads
 from heiretsu.bench.parity import Judge
 from heiretsu.bench.timing import Roofline, Timing, in_turns
 from heiretsu.kernels import plain
@@ -150,7 +150,7 @@ def test_wrong_implementation_gets_no_number(monkeypatch):
     found = measure.measure(workload, CPU, torch.float32, Roofline(1e9, 1e9), quick=True, compiled=False)
     ours = next(result for result in found if result.implementation == measure.OURS)
     assert ours.timings == {} and "off by" in ours.problem
-    text = results.table(found)
+    text = result_tables.table(found)
     assert "no number: output 0 is off by" in text
     assert next(result for result in found if result.implementation == measure.BASELINE).speedups == dict.fromkeys(
         measure.PASSES, 1.0
@@ -188,7 +188,7 @@ def test_charts_are_drawn(tmp_path):
 
 
 def test_tables_show_losers_and_failures():
-    text = results.markdown(made_up_results(), FACTS, Roofline(1e10, 1e12), torch.bfloat16, "the command")
+    text = result_tables.markdown(made_up_results(), FACTS, Roofline(1e10, 1e12), torch.bfloat16, "the command")
     row = next(line for line in text.splitlines() if "F=1024" in line and "compiled plain" in line)
     assert "| 0.77 |" in row
     assert "no number: out of memory" in text
@@ -196,7 +196,7 @@ def test_tables_show_losers_and_failures():
 
 
 def test_json_has_every_figure():
-    document = results.as_json(made_up_results(), FACTS, Roofline(1e10, 1e12), torch.bfloat16)
+    document = result_tables.as_json(made_up_results(), FACTS, Roofline(1e10, 1e12), torch.bfloat16)
     row = document["results"][1]
     assert (row["op"], row["implementation"], row["size"]) == ("bias_gelu", "fused", 1024)
     assert row["forward"]["bytes"] == 2 * 64 * 1024 * 2
