@@ -70,8 +70,6 @@ def import_gpt2(source: str | os.PathLike, out: str | os.PathLike) -> Path:
     for name, param in engine.params.items():
         with torch.no_grad():
             param.copy_(weights[name])
-        fresh = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-        engine.optimizer.state[param] = fresh  # a checkpoint has moments
     return checkpoint.save(out, 0, engine, json.loads(config.to_json()), keep=1)
 
 

@@ -68,7 +68,7 @@ def load(path: str | os.PathLike, engine: Engine, config: dict) -> int:
     Raises ValueError, by name, for a torn checkpoint, another format or another model.
     """
     run = _matching_run(path, config)
-    for param in engine.params.values():
+    for param in engine.params.values() if run["optimizer_steps"] else ():  # there are no moments before the first
         moments = {name: torch.zeros_like(param) for name in _MOMENTS}
         engine.optimizer.state[param] = {"step": torch.tensor(float(run["optimizer_steps"])), **moments}
     with _quiet():

@@ -77,6 +77,16 @@ def saved(tmp_path, step=1, keep=9):
     return engine, config, checkpoint.save(tmp_path, step, engine, json.loads(config.to_json()), keep)
 
 
+def test_a_checkpoint_from_before_the_first_step_can_be_resumed(tmp_path):
+    config = config_on({})
+    as_json = json.loads(config.to_json())
+    engine = build_engine(config, abstract_mesh(), plain)
+    path = checkpoint.save(tmp_path, 0, engine, as_json, keep=1)
+    other = build_engine(replace(config, seed=5), abstract_mesh(), plain)
+    assert checkpoint.load(path, other, as_json) == 0
+    assert all((other.params[name] == param).all() for name, param in engine.params.items())
+
+
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3):
         saved(tmp_path, step, keep=2)
