@@ -39,6 +39,12 @@ def _slices(total, step):
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
+def _chunk_rows(elements, columns):
+    """Rows of `columns` that make about `elements`; of more than 128, a multiple: a GEMM of 517 is a quarter slower."""
+    rows = max(1, elements // columns)
+    return rows - rows % 128 if rows > 128 else rows
+
+
 def _local_targets(targets, vocab_start, V):
     """Each target's row in the shard (0 if outside), whether it is inside, and whether any belongs to another shard."""
     local = targets - vocab_start
@@ -96,7 +102,7 @@ def _forward(
     local, inside, another_shard = _local_targets(targets, vocab_start, V)
     need_q_x = need_dweight and not another_shard
     narrow = weight.to(x.dtype)
-    chunks = _slices(N, max(1, _CHUNK_ELEMENTS // V))
+    chunks = _slices(N, _chunk_rows(_CHUNK_ELEMENTS, V))
     logits = x.new_empty(chunks[0].stop, V)
     if not need_q_x:
         q_x.zero_()
@@ -148,7 +154,7 @@ def _backward(
 
 def _recompute_dweight(dweight, dlse, dtarget, x, weight, lse, local):
     """dweight = (dlse P + dtarget onehot).T @ x, whatever dlse and dtarget are. local: -1 where there is no target."""
-    for block in _slices(weight.shape[0], max(1, _CHUNK_ELEMENTS // (2 * x.shape[0]))):  # half: this one is widened
+    for block in _slices(len(weight), _chunk_rows(_CHUNK_ELEMENTS // 2, len(x))):  # half: this one is widened
         dlogits = (x @ weight[block].to(x.dtype).T).to(lse.dtype)
         dlogits.sub_(lse[:, None]).exp_().mul_(dlse[:, None])
         here = ((local >= block.start) & (local < block.stop)).nonzero()[:, 0]
