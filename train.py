@@ -142,7 +142,7 @@ def train(
 ) -> None:
     """The loop: a step, its log line, and now and then an evaluation or a checkpoint."""
     tokenizer = find_tokenizer(config, mesh)  # now, so that nothing is learned at the end of a long run
-    log, stop = RunLog(config, mesh, first_step), StopSignal(mesh)
+    log, stop = RunLog(config, mesh, first_step), StopSignal(mesh, can_save=config.checkpoint_dir is not None)
     with StepProfiler(config.profile, mesh, config.memory_snapshot) as profiler:
         for step in range(first_step, config.max_iters):
             began = time.perf_counter()
@@ -159,7 +159,7 @@ def train(
             log.write(record, report)
             if table := profiler.step():
                 log.say(table)
-            stopped = config.checkpoint_dir is not None and stop.asked()
+            stopped = stop.asked()
             if stopped or (config.save_interval and ((step + 1) % config.save_interval == 0 or last)):
                 path = checkpoint.save(config.checkpoint_dir, step + 1, engine, as_json(config), config.keep)
                 log.say(f"saved {path}")
@@ -172,11 +172,14 @@ def train(
 
 
 class StopSignal:
-    """SIGTERM, which a cluster sends before it takes a machine away: asked for by one rank, answered by all."""
+    """SIGTERM, which a cluster sends before it takes a machine away: asked for by one rank, answered by all.
 
-    def __init__(self, mesh: Mesh):
-        self.mesh, self.received = mesh, False
-        if threading.current_thread() is threading.main_thread():
+    Without a folder to save to there is nothing to finish, and SIGTERM ends the process as it always does.
+    """
+
+    def __init__(self, mesh: Mesh, can_save: bool):
+        self.mesh, self.can_save, self.received = mesh, can_save, False
+        if can_save and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._receive)
 
     def _receive(self, *_) -> None:
@@ -184,6 +187,8 @@ class StopSignal:
 
     def asked(self) -> bool:
         """True on every rank once any rank has received it. A collective: all ranks ask after the same step."""
+        if not self.can_save:
+            return False
         flag = torch.tensor(float(self.received), device=self.mesh.device)
         return bool(all_reduce(flag, self.mesh.world) > 0)
 

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.ranks import RankPool
+from tests.ranks import run_ranks
 
 
 def pytest_addoption(parser):
@@ -14,6 +14,4 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def ranks():
     """`ranks(fn, ..., dp=1, ep=1, pp=1, tp=1)`: results of fn(mesh, ...) on every rank of the mesh, by rank."""
-    pool = RankPool()
-    yield pool.run
-    pool.close()
+    return run_ranks

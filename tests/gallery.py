@@ -30,7 +30,7 @@ from heiretsu.parallel import collectives, engine, expert, optimizer, pipeline, 
 from heiretsu.parallel.data import GradientAverager
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.schedules import SCHEDULES, lower, one_f_one_b, simulate
-from tests.ranks import RankError, RankPool
+from tests.ranks import RankError, run_ranks
 from tests.training import DENSE, MIXTURE, Trace, failures, run_config, run_steps, single_process
 
 STEPS, TOLERANCE = 3, 1e-9
@@ -186,8 +186,8 @@ FAULTS: dict[str, Fault] = {
 
 
 def check(name: str | None, fault: Fault, ranks: Callable) -> dict[str, str]:
-    """What the checks find, {check: message}, with the fault planted; with name None, without it. ranks: a pool's
-    run."""
+    """What the checks find, {check: message}, with the fault planted; with name None, without it. ranks: what
+    runs a function on a mesh."""
     config = run_config(MIXTURE if fault.mixture else DENSE, microbatches=4, **fault.mesh)
     if not fault.mesh:
         with fault.plant(None) if name else contextlib.nullcontext():
@@ -230,17 +230,14 @@ def shard_check() -> dict[str, str]:
 
 
 def main() -> int:
-    pool, missed = RankPool(), 0
-    try:
-        for name, fault in FAULTS.items():
-            found = check(name, fault, pool.run)
-            caught = fault.caught_by in found
-            missed += not caught
-            where = "x".join(f"{axis}{size}" for axis, size in fault.mesh.items()) or "one process"
-            verdict = f"caught by {', '.join(sorted(found))}" if caught else f"MISSED by {fault.caught_by} ({found})"
-            print(f"{name} ({where}): {verdict}\n    {found.get(fault.caught_by, '')}", flush=True)
-    finally:
-        pool.close()
+    missed = 0
+    for name, fault in FAULTS.items():
+        found = check(name, fault, run_ranks)
+        caught = fault.caught_by in found
+        missed += not caught
+        where = "x".join(f"{axis}{size}" for axis, size in fault.mesh.items()) or "one process"
+        verdict = f"caught by {', '.join(sorted(found))}" if caught else f"MISSED by {fault.caught_by} ({found})"
+        print(f"{name} ({where}): {verdict}\n    {found.get(fault.caught_by, '')}", flush=True)
     print(f"{len(FAULTS) - missed} of {len(FAULTS)} planted faults caught")
     return int(missed > 0)
 

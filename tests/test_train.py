@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -72,6 +73,15 @@ def test_log_file_is_the_same_on_two_nodes_with_experts_split_between_them(tmp_p
     assert all(record["aux_loss"] > 0 for record in single)
     nodes = [*EXACT, *MOE, "--ep", "2", "--batch_size", "2"]
     assert_same_run(log_of(tmp_path, "nodes", nodes, ranks=2, agents=2), single)
+
+
+def test_sigterm_ends_a_run_that_cannot_save(tmp_path):
+    (process,) = start([*EXACT, "--max_iters", "1000000", "--eval_interval", "0", "--log_file", str(tmp_path / "log")])
+    while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text():
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()
+    process.terminate()
+    assert finish([process])[0] == [-signal.SIGTERM]
 
 
 FEW = [*EXACT, *MOE, "--max_iters", "2", "--eval_interval", "0", "--block_size", "8", "--dropout", "0.1"]
