@@ -31,7 +31,8 @@ $(VENV)/.installed-dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
 install: $(VENV)/.installed ## make .venv with what a run needs
 
 train: $(VENV)/.installed ## train a small GPT on the embedded corpus (ARGS="--max_iters 50" adds flags)
-	$(BIN)/python train.py $(ARGS)
+	$(BIN)/python train.py --fused --batch_size 8 --max_iters 2500 --learning_rate 3e-3 --warmup_iters 100 --min_lr 1e-4 \
+	    --eval_interval 500 --log_file runs/make-train.jsonl $(ARGS)
 
 test: $(VENV)/.installed-dev ## run every test, the Triton kernels in the interpreter included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
