@@ -14,6 +14,7 @@ import datetime
 import math
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -62,7 +63,7 @@ def _collect(connections: list) -> list:
         for connection in ready:
             rank = waiting.pop(connection)
             try:
-                ok, value = connection.recv()
+                ok, value = pickle.loads(connection.recv_bytes())
             except EOFError:
                 ok, value = False, "it ended without a word"
             if not ok:
@@ -76,9 +77,11 @@ def _serve(connection, job) -> None:
 
     torch.set_num_threads(1)
     try:
-        connection.send((True, _run(*job)))
+        answer = True, _run(*job)
     except Exception:
-        connection.send((False, traceback.format_exc()))
+        answer = False, traceback.format_exc()
+    # By value: torch's own way shares a tensor's memory, which is gone once this process has ended.
+    connection.send_bytes(pickle.dumps(answer))
 
 
 def _run(fn, args, kwargs, sizes, rank, store):
