@@ -27,7 +27,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from heiretsu.data.batches import TokenDataset, open_data
 from heiretsu.data.folder import tokenizer_of
@@ -41,7 +40,7 @@ from heiretsu.model.saved import newest
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.collectives import all_reduce
 from heiretsu.parallel.engine import Engine
-from heiretsu.parallel.mesh import Mesh, make_mesh
+from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
 from heiretsu.parallel.pipeline import Microbatch
 from heiretsu.parallel.profiling import StepProfiler
 
@@ -65,18 +64,26 @@ def main(config: RunConfig) -> None:
         )
     except ValueError as error:
         refuse(error)
-    if config.replicas * config.pp * config.tp > 1:
-        dist.init_process_group(config.dist_backend or ("nccl" if device.type == "cuda" else "gloo"))
-    try:
-        mesh = make_mesh(config.dp, config.ep, config.pp, config.tp, device)
-        engine = build_engine(config, mesh, fused if config.fused else plain)
-        if mesh.rank == 0:
-            print(describe(config, mesh, train_data, kernels), flush=True)
-        first_step = restore(config, engine, resume_from)
-        train(config, mesh, engine, train_data, val_data, first_step)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    backend = config.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+    with process_groups(backend, config.replicas * config.pp * config.tp):
+        run(config, device, kernels, train_data, val_data, resume_from)
+
+
+def run(
+    config: RunConfig,
+    device: torch.device,
+    kernels: str,
+    train_data: TokenDataset,
+    val_data: TokenDataset,
+    resume_from: Path | None,
+) -> None:
+    """Build the engine on this rank's mesh, restore it, and train."""
+    mesh = make_mesh(config.dp, config.ep, config.pp, config.tp, device)
+    engine = build_engine(config, mesh, fused if config.fused else plain)
+    if mesh.rank == 0:
+        print(describe(config, mesh, train_data, kernels), flush=True)
+    first_step = restore(config, engine, resume_from)
+    train(config, mesh, engine, train_data, val_data, first_step)
 
 
 def find_device(config: RunConfig) -> torch.device:

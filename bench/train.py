@@ -36,7 +36,7 @@ from heiretsu.kernels import fused, plain
 from heiretsu.model.build import build_engine, count_parameters
 from heiretsu.model.options import RunConfig, parse_args
 from heiretsu.parallel.engine import Engine
-from heiretsu.parallel.mesh import Mesh, make_mesh
+from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
 from heiretsu.parallel.pipeline import Microbatch
 
 CPU_VARIANTS = "plain,plain+bf16,plain+bf16+compile,fused+bf16"
@@ -201,8 +201,13 @@ def main() -> int:
         variants = [variant(name, base) for name in names]
     except ValueError as error:
         parser.error(str(error))
-    if base.replicas * base.pp * base.tp > 1:
-        dist.init_process_group(base.dist_backend or ("nccl" if device.type == "cuda" else "gloo"))
+    backend = base.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+    with process_groups(backend, base.replicas * base.pp * base.tp):
+        return compare(base, variants, device, args)
+
+
+def compare(base: RunConfig, variants: list[Variant], device: torch.device, args: argparse.Namespace) -> int:
+    """Measure the variants on this rank's mesh, print the table, and say by the exit status whether all were right."""
     mesh = make_mesh(base.dp, base.ep, base.pp, base.tp, device)
     ranks = mesh.world.size
     facts = environment.describe(device)
@@ -227,8 +232,6 @@ def main() -> int:
         )
         if args.json:
             Path(args.json).write_text(json.dumps(as_json(variants, peaks, facts), indent=1) + "\n")
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return 1 if any(one.problem for one in variants) else 0
 
 

@@ -7,6 +7,7 @@ microbatches. Which axis a gradient is summed over, and its divisor, are the pla
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -38,7 +39,7 @@ class GradientAverager:
             self._fill(names)
         self._due: dict[str, int] = {}
         for name, param in params.items():
-            param.register_post_accumulate_grad_hook(self._hook(name))
+            param.register_post_accumulate_grad_hook(_hook(weakref.ref(self), name))
 
     def _fill(self, names: list[str]) -> None:
         first = self.params[names[0]]
@@ -49,23 +50,20 @@ class GradientAverager:
             self.params[name].grad = piece.view_as(self.params[name])
             self._bucket_of[name] = bucket
 
-    def _hook(self, name: str):
-        def accumulated(_):
-            if name not in self._due:
-                return
-            self._due[name] -= 1
-            if self._due[name] == 0:
-                self._bucket_of[name].waiting -= 1
-                self._launch(only_ready=True)
-
-        return accumulated
+    def _accumulated(self, name: str) -> None:
+        if name not in self._due:
+            return
+        self._due[name] -= 1
+        if self._due[name] == 0:
+            self._bucket_of[name].waiting -= 1
+            self._launch(only_ready=True)
 
     def prepare(self, num_microbatches: int) -> None:
         """Zero all gradients; each parameter's is complete after `num_microbatches` backward passes."""
         self._due = dict.fromkeys(self.params, num_microbatches)
         for bucket in self.buckets:
             bucket.flat.zero_()
-            bucket.waiting, bucket.work = len(bucket.names), None
+            bucket.waiting = len(bucket.names)
         self._next = 0
 
     def _launch(self, only_ready: bool) -> None:
@@ -85,6 +83,7 @@ class GradientAverager:
         for bucket in self.buckets:
             if bucket.work is not None:
                 bucket.work.wait()
+                bucket.work = None
             divisor = self.table[bucket.names[0]].divisor
             if divisor > 1:
                 bucket.flat.div_(divisor)
@@ -97,6 +96,16 @@ class GradientAverager:
         """Multiply every gradient."""
         for bucket in self.buckets:
             bucket.flat.mul_(factor)
+
+
+def _hook(averager: weakref.ref[GradientAverager], name: str):
+    # Autograd holds its hooks where Python's garbage collector cannot look: a strong reference from one to the
+    # averager, and so to the parameters, would keep the model for ever.
+    def accumulated(_):
+        if (alive := averager()) is not None:
+            alive._accumulated(name)
+
+    return accumulated
 
 
 def _group(params: dict[str, torch.nn.Parameter], table: Table, bucket_bytes: int) -> list[list[str]]:

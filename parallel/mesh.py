@@ -6,7 +6,10 @@ every collective over it is the identity, so that one process needs no process g
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +68,27 @@ class Mesh:
         return f"rank {self.rank} ({place})"
 
 
+@contextmanager
+def process_groups(backend: str, world_size: int, **options) -> Iterator[None]:
+    """The default process group, which make_mesh needs, for as long as the block runs; one process needs none.
+
+    Call a function in the block that does the work, so that nothing holds a mesh when the block ends. Only then are
+    gloo's threads joined, and they must be: one that frees the tensors of the last collective while the interpreter
+    shuts down aborts the process, after all its work was done. options: those of init_process_group.
+    """
+    if world_size == 1:
+        yield
+        return
+    dist.init_process_group(backend, world_size=world_size, **options)
+    try:
+        yield
+    finally:
+        gc.collect()  # an engine and its parameters' hooks refer to each other, and to the mesh
+        dist.destroy_process_group()
+
+
 def make_mesh(dp: int = 1, ep: int = 1, pp: int = 1, tp: int = 1, device: str | torch.device = "cpu") -> Mesh:
-    """This rank's mesh. All ranks must call it together, after init_process_group where there is more than one.
+    """This rank's mesh. All ranks must call it together, within process_groups (or after init_process_group).
 
     Raises ValueError if dp * ep * pp * tp is not the world size.
     """

@@ -129,12 +129,11 @@ def expert_bias_added_on_every_tp_rank(mesh):
 
 
 def every_microbatch_reduced_again(mesh):
-    def hook(averager, name):
-        axis = averager.table[name].reduce_axis
-        return lambda param: dist.all_reduce(param.grad, group=axis.group)
+    def accumulated(averager, name):
+        dist.all_reduce(averager.params[name].grad, group=averager.table[name].reduce_axis.group)
 
     unlaunched = patch.object(GradientAverager, "_launch", lambda averager, only_ready: None)
-    return _both(patch.object(GradientAverager, "_hook", hook), unlaunched)
+    return _both(patch.object(GradientAverager, "_accumulated", accumulated), unlaunched)
 
 
 def wrong_1f1b_warm_up_count(mesh):

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 300  # of one call; two cores may serve eight ranks and other tests
@@ -85,21 +86,15 @@ def _serve(connection, job) -> None:
 
 
 def _run(fn, args, kwargs, sizes, rank, store):
-    import torch.distributed as dist
+    from heiretsu.parallel.mesh import make_mesh, process_groups
 
-    from heiretsu.parallel.mesh import make_mesh
-
-    world_size = math.prod(sizes.values())
-    if world_size > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=TIMEOUT_S),
-        )
-    try:
+    def on_rank():
         return fn(make_mesh(**sizes), *args, **kwargs)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+
+    timeout = datetime.timedelta(seconds=TIMEOUT_S)
+    with process_groups("gloo", math.prod(sizes.values()), init_method=f"file://{store}", rank=rank, timeout=timeout):
+        result = on_rank()
+    # One that is left can abort the process when Python shuts down, after a run that went well.
+    left = [name for task in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := task.read_text())]
+    assert not left, f"{len(left)} threads outlived their process groups: something still holds a mesh"
+    return result

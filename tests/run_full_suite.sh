@@ -20,8 +20,9 @@ run() { # dp ep tp pp
         passed+=("$name ($(grep -o 'diff=[^ ]*' <<<"$output"))")
     else
         failed+=("$name ($(grep -o 'diff=[^ ]*' <<<"$output" || echo 'did not finish'))")
+        tail -n 40 <<<"$output"
     fi
-    grep -E '^(losses|FAIL|OK)' <<<"$output" || tail -n 20 <<<"$output"
+    grep -E '^(losses|FAIL|OK)' <<<"$output"
 }
 
 flags=("$@")

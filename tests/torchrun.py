@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from heiretsu.model.config import ModelConfig
 from heiretsu.model.options import RunConfig, check
-from heiretsu.parallel.mesh import Mesh, make_mesh
+from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
 from tests.training import DENSE, MIXTURE, run_config
 
 # Every axis divides it up to 4, and every stage of four has a layer; experts, when a mesh has ep, in half of the
@@ -64,19 +64,22 @@ def on_mesh(config: RunConfig, verdict: Callable[[Mesh], dict[str, str]]) -> Non
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+    with process_groups("nccl" if on_gpu else "gloo", world_size):
+        failed = on_rank(config, device, verdict)
+    sys.exit(1 if failed else 0)
+
+
+def on_rank(config: RunConfig, device: torch.device, verdict: Callable[[Mesh], dict[str, str]]) -> bool:
     mesh = make_mesh(config.dp, config.ep, config.pp, config.tp, device)
     found = [verdict(mesh)]
-    if world_size > 1:
+    if mesh.world.size > 1:
         dist.broadcast_object_list(found, src=0)
-        dist.destroy_process_group()
     if mesh.rank == 0:
         where = f"dp={config.dp} ep={config.ep} tp={config.tp} pp={config.pp} on {device.type}"
         for name, message in found[0].items():
             print(f"FAIL {where}: {name}: {message}", flush=True)
         print(f"{'FAILED' if found[0] else 'OK'} {where}", flush=True)
-    sys.exit(1 if found[0] else 0)
+    return bool(found[0])
 
 
 def gather(mesh: Mesh, value) -> list:
