@@ -48,6 +48,7 @@ from heiretsu.parallel.profiling import StepProfiler
 def main(config: RunConfig) -> None:
     try:
         device = find_device(config)
+        backend = find_backend(config, device)
         kernels = fused.describe(device) if config.fused else "plain PyTorch ops"
         resume_from = find_checkpoint(config)
         if config.tokenizer is None:
@@ -64,7 +65,6 @@ def main(config: RunConfig) -> None:
         )
     except ValueError as error:
         refuse(error)
-    backend = config.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     with process_groups(backend, config.replicas * config.pp * config.tp):
         run(config, device, kernels, train_data, val_data, resume_from)
 
@@ -106,6 +106,15 @@ def find_device(config: RunConfig) -> torch.device:
         raise ValueError(f"local rank {local_rank} has no GPU: this machine has {gpus}, and each rank needs its own")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def find_backend(config: RunConfig, device: torch.device) -> str:
+    """What carries the messages. ValueError if it cannot carry those of the schedule."""
+    backend = config.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+    if backend == "nccl" and config.schedule == "interleaved" and config.pp == 2:
+        # Both ranks send activations to each other on one channel, and NCCL takes what a pair sends one at a time.
+        raise ValueError("--schedule interleaved with --pp 2 would block on nccl: use --pp 4 or --schedule 1f1b")
+    return backend
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
@@ -244,6 +253,8 @@ def describe(config: RunConfig, mesh: Mesh, data: TokenDataset, kernels: str) ->
     if model.num_experts:
         experts = f", {model.num_experts} experts, top {model.top_k}, every {model.moe_freq} layers"
     schedule = f", {config.schedule} over {config.grad_accum_steps} microbatches" if config.pp > 1 else ""
+    if config.chunks_per_stage > 1:
+        schedule += f", {config.chunks_per_stage} stages a rank"
     lines = [
         f"config: {config.to_json()}",
         f"model: {count_parameters(model):,} parameters, {model.n_layer} layers, {model.n_head} heads, "

@@ -24,14 +24,15 @@ def build_engine(config: RunConfig, mesh: Mesh, ops: ModuleType) -> Engine:
     """The run's engine on this rank: initialised stages and AdamW. ops: heiretsu.kernels.plain or .fused."""
     dtype = getattr(torch, config.dtype)
     compute_dtype = COMPUTE_DTYPES.get(config.amp, dtype)
-    chunks = build_stages(config.model, mesh, ops, dtype, compute_dtype, config.seed)
+    num_chunks = config.chunks_per_stage
+    chunks = build_stages(config.model, mesh, ops, dtype, compute_dtype, config.seed, num_chunks)
     engine = Engine(
         chunks,
         mesh,
         hidden_size=config.model.n_embed,
         hidden_dtype=compute_dtype,
         num_microbatches=config.grad_accum_steps,
-        schedule=SCHEDULES[config.schedule](mesh.pp.size, config.grad_accum_steps),
+        schedule=SCHEDULES[config.schedule](mesh.pp.size, config.grad_accum_steps, num_chunks),
         grad_clip=config.grad_clip,
         scaler=LossScaler(FP16_SCALE, FP16_GROWTH) if config.amp == "fp16" else None,
     )

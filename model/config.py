@@ -71,14 +71,17 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-def split_layers(config: ModelConfig, num_stages: int) -> list[range]:
-    """Contiguous layers for each pipeline stage, such that the costliest stage is as cheap as can be.
+def split_layers(config: ModelConfig, num_ranks: int, virtual_stages: int = 1) -> list[range]:
+    """Contiguous layers for each of num_ranks * virtual_stages pipeline stages, such that the costliest stage is as
+    cheap as can be.
 
     Each stage has a layer at least; the last one also pays for the head. Raises ValueError with fewer layers than
     stages.
     """
+    num_stages = num_ranks * virtual_stages
     if num_stages > config.n_layer:
-        raise ValueError(f"--pp {num_stages} stages need at least as many layers, but --n_layer is {config.n_layer}")
+        asked = f"--pp {num_ranks}" + (f" x --virtual_stages {virtual_stages}" if virtual_stages > 1 else "")
+        raise ValueError(f"{asked} stages need at least as many layers, but --n_layer is {config.n_layer}")
     costs = [config.layer_macs(layer) for layer in range(config.n_layer)]
 
     def stage_cost(first: int, stop: int) -> int:

@@ -191,6 +191,6 @@ def build_stages(
     config: ModelConfig, mesh: Mesh, ops, dtype: torch.dtype, compute_dtype: torch.dtype, seed: int, num_chunks: int = 1
 ) -> list[GPT]:
     """This rank's stages of the model: chunk c is virtual stage c * pp + pp_rank of num_chunks * pp."""
-    layers = split_layers(config, mesh.pp.size * num_chunks)
+    layers = split_layers(config, mesh.pp.size, num_chunks)
     mine = [layers[chunk * mesh.pp.size + mesh.pp.index] for chunk in range(num_chunks)]
     return [GPT(config, mesh, ops, part, dtype, compute_dtype, seed) for part in mine]

@@ -57,6 +57,7 @@ class RunConfig:
     pp: int
     tp: int
     schedule: str
+    virtual_stages: int
     log_file: str | None
     wandb: bool
     wandb_project: str
@@ -75,6 +76,11 @@ class RunConfig:
     @property
     def replicas(self) -> int:
         return self.dp * self.ep
+
+    @property
+    def chunks_per_stage(self) -> int:
+        """Pieces of the model that a pipeline rank runs: chunk c of rank s is piece c * pp + s of them all."""
+        return self.virtual_stages if self.schedule == "interleaved" else 1
 
     @property
     def global_batch_size(self) -> int:
@@ -157,7 +163,7 @@ def check(config: RunConfig, world_size: int) -> None:
 
 def _check_ranges(config: RunConfig) -> None:
     at_least = {
-        1: ("batch_size", "grad_accum_steps", "max_iters", "eval_iters", "dp", "ep", "pp", "tp", "keep"),
+        1: ("batch_size", "grad_accum_steps", "max_iters", "eval_iters", "dp", "ep", "pp", "tp", "virtual_stages", "keep"),
         0: ("eval_interval", "warmup_iters", "weight_decay", "grad_clip", "save_interval", "sample_tokens"),
     }
     for low, names in at_least.items():
@@ -210,7 +216,9 @@ def _check_topology(config: RunConfig, world_size: int) -> None:
         raise ValueError(f"--ep {config.ep} splits experts, but --num_experts is 0: set --num_experts, or use --dp")
     if model.num_experts % config.ep:
         raise ValueError(f"--ep {config.ep} does not divide --num_experts {model.num_experts}")
-    split_layers(model, config.pp)
+    if config.schedule == "interleaved" and config.pp == 1:
+        raise ValueError("--schedule interleaved deals out a pipeline's stages, but --pp is 1: use --schedule 1f1b")
+    split_layers(model, config.pp, config.chunks_per_stage)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -256,7 +264,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("parallelism").add_argument
     for name, what in {"dp": "data", "ep": "expert", "pp": "pipeline", "tp": "tensor"}.items():
         add(f"--{name}", type=int, default=1, help=f"{what}-parallel ranks")
-    add("--schedule", choices=("gpipe", "1f1b"), default="1f1b", help="order of work in the pipeline")
+    schedules = ("gpipe", "1f1b", "interleaved")
+    add("--schedule", choices=schedules, default="1f1b", help="order of work in the pipeline")
+    add("--virtual_stages", type=int, default=2, help="stages that a rank runs with --schedule interleaved")
     add("--dist_backend", choices=("nccl", "gloo"), help="default: nccl on CUDA, gloo elsewhere")
 
     add = parser.add_argument_group("device and precision").add_argument

@@ -39,8 +39,7 @@ class Engine:
     """A model's stages on this rank, with all that turns microbatches into a step.
 
     chunks: this rank's pipeline stages (one, or several virtual ones). hidden_size, hidden_dtype: of what travels
-    between
-    stages. schedule: of compute actions, for all stages. grad_clip: largest gradient norm, 0 for no clipping.
+    between stages. schedule: of compute actions, for all stages. grad_clip: largest gradient norm, 0 for no clipping.
     optimizer: made by the caller over `engine.params`.
     """
 

@@ -119,6 +119,11 @@ REFUSED = {
     "world size": ("--dp 2", "--dp 2 x --ep 1 x --pp 1 x --tp 1 = 2 ranks, but 1 process started"),
     "heads by tp": ("--tp 3", "--tp 3 does not divide --n_head 4"),
     "layers by pp": ("--pp 5", "--n_layer is 4"),
+    "layers by virtual stages": (
+        "--pp 2 --schedule interleaved --virtual_stages 3",
+        "--pp 2 x --virtual_stages 3 stages need at least as many layers, but --n_layer is 4",
+    ),
+    "interleaved without a pipeline": ("--schedule interleaved", "but --pp is 1: use --schedule 1f1b"),
     "experts by ep": ("--ep 3 --num_experts 8", "--ep 3 does not divide --num_experts 8"),
     "ep without experts": ("--ep 2", "--num_experts is 0"),
     "top_k": ("--num_experts 2 --top_k 3", "--top_k 3 must be in 1..2"),

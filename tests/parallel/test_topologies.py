@@ -66,6 +66,17 @@ def test_gpipe_gives_the_run_of_one_process(ranks, mesh):
 
 @pytest.mark.parametrize(
     "model, microbatches, mesh",
+    [("dense", 4, {"pp": 2}), ("dropout", 2, {"pp": 2, "tp": 2}), ("mixture", 4, {"ep": 2, "pp": 2})],
+    ids=label,
+)
+def test_interleaved_stages_give_the_run_of_one_process(ranks, model, microbatches, mesh):
+    config = run_config(MODELS[model], microbatches=microbatches, schedule="interleaved", **mesh)
+    traces = ranks(run_steps, config, STEPS, **mesh)
+    assert failures(traces, reference(model, 4), TOLERANCE) == {}
+
+
+@pytest.mark.parametrize(
+    "model, microbatches, mesh",
     [
         ("dense", 4, {}),
         ("mixture", 2, {}),

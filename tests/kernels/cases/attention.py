@@ -101,6 +101,14 @@ CASES = [
         F32 + BF16,
         emulate=True,
     ),
+    Case(
+        "attention_lse",
+        "400 of each",
+        "D 64: several tiles in a row before and on the diagonal, so that loads run ahead of the products",
+        _fused(1, 1, 400, 64),
+        BF16,
+        emulate=True,
+    ),
     Case("attention_lse", "grouped queries", "4 query heads on 2 key heads", _separate(2, 4, 2, 65, 65, 16)),
     Case(
         "attention_lse", "one key head", "multi-query, dropout", _separate(2, 3, 1, 40, 50, 16, **DROPOUT), F32 + BF16
