@@ -5,9 +5,9 @@ figures beside an entry are the reason for it.
 """
 
 import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import triton
@@ -263,20 +263,43 @@ class AuditCase:
     loop_flops: int | None = None
 
 
-_override: contextvars.ContextVar = contextvars.ContextVar("launch_override", default=None)
+class Entry(NamedTuple):
+    """Which entry of the table: `TABLE[arch][row][size]`."""
+
+    arch: str
+    row: str  # a kernel's name, or that and "/fp32"
+    size: int | None
+
+
+# What autotune.py chose over the table's entries. This and the two below are the process's and not the context's:
+# autograd runs a GPU's backward in threads of its own, into which no contextvars.Context goes.
+CHOSEN: dict[Entry, dict] = {}
+_overrides: list[dict] = []  # innermost last
+_observers: list[dict[Entry, None]] = []
 
 
 @contextlib.contextmanager
 def override(**parameters):
-    """Inside, every launch uses these parameters over the table's (num_stages=1, num_warps=8, ...).
+    """Inside, every launch uses these parameters over the table's (num_stages=1, num_warps=8, ...), on every thread.
 
-    A kernel takes those of them that its entry in the table names.
+    A kernel takes those of them that its entry in the table names. What autotune.py chose gives way, too.
     """
-    token = _override.set({**(_override.get() or {}), **parameters})
+    _overrides.append(parameters)
     try:
         yield
     finally:
-        _override.reset(token)
+        _overrides.pop()
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[dict[Entry, None]]:
+    """Inside, the yielded dict collects the entries that launches use, in the order of their first use."""
+    entries: dict[Entry, None] = {}
+    _observers.append(entries)
+    try:
+        yield entries
+    finally:
+        _observers.pop()
 
 
 def _emulated_target():
@@ -321,19 +344,31 @@ def on(device: torch.device):
 def parameters(kernel: str, device: torch.device, size=None, itemsize: int = 2) -> dict:
     """Launch parameters of `kernel` (block sizes, num_warps, num_stages): a fresh dict of keyword arguments.
 
+    The table's, or what autotune.py chose over them, under what `override` says.
     size: picks the smallest key of the kernel's entry that is >= size. itemsize: bytes of an operand element.
     """
-    entry = lookup(kernel, architecture(device), size, itemsize)
-    return entry | {name: value for name, value in (_override.get() or {}).items() if name in entry}
+    entry = find(kernel, architecture(device), size, itemsize)
+    for entries in _observers:
+        entries[entry] = None
+    values = dict(CHOSEN.get(entry) or TABLE[entry.arch][entry.row][entry.size])
+    for overridden in _overrides:
+        values |= {name: value for name, value in overridden.items() if name in values}
+    return values
+
+
+def find(kernel: str, arch: str, size=None, itemsize: int = 2) -> Entry:
+    """The table's entry for a launch. Raises ValueError for a size beyond the kernel's largest."""
+    row = f"{kernel}/fp32" if itemsize >= 4 and TABLE[arch].get(f"{kernel}/fp32") else kernel
+    sizes = TABLE[arch][row]
+    if size is None or None in sizes:
+        return Entry(arch, row, None)
+    fits = [key for key in sizes if key >= size]
+    if not fits:
+        raise ValueError(f"{kernel}: size {size} is larger than {max(sizes)}, the largest that the kernel takes")
+    return Entry(arch, row, min(fits))
 
 
 def lookup(kernel: str, arch: str, size=None, itemsize: int = 2) -> dict:
-    """The table's entry itself, without overrides (for the audit)."""
-    rows = TABLE[arch].get(f"{kernel}/fp32") if itemsize >= 4 else None
-    rows = rows or TABLE[arch][kernel]
-    if size is None or None in rows:
-        return dict(rows[None])
-    fits = [key for key in rows if key >= size]
-    if not fits:
-        raise ValueError(f"{kernel}: size {size} is larger than {max(rows)}, the largest that the kernel takes")
-    return dict(rows[min(fits)])
+    """The table's own parameters, whatever was chosen or overridden (for the audit)."""
+    entry = find(kernel, arch, size, itemsize)
+    return dict(TABLE[entry.arch][entry.row][entry.size])

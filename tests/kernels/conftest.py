@@ -28,6 +28,8 @@ def pytest_ignore_collect(collection_path, config):
     here = {
         "interpreter": forms.INTERPRETED,
         "test_interpreted.py": forms.HAS_TRITON and not forms.INTERPRETED,
+        "test_autotune.py": forms.HAS_TRITON and not forms.INTERPRETED,
+        "test_launch.py": forms.HAS_TRITON,
         "test_mutations.py": forms.HAS_TRITON,
         "test_emulated.py": config.getoption("emulate"),
         "test_stages_on_gpu.py": forms.TRITON_DEVICE == "cuda",
