@@ -17,6 +17,7 @@ from heiretsu.parallel.mesh import Mesh
 
 # Dense bf16 FLOP/s of the data sheets: what model FLOPs utilisation (MFU) is against.
 DATA_SHEET_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "MI300X": 1307e12}
+LONGEST_SILENCE_S = 20.0
 
 
 class RunLog:
@@ -31,6 +32,7 @@ class RunLog:
         self.file = self.bar = self.wandb = None
         if not self.writes:
             return
+        self.last_line = time.perf_counter()
         self.peak_flops = peak_flops(mesh, config)
         if config.log_file:
             Path(config.log_file).parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,8 @@ class RunLog:
         self._show(record, report)
 
     def _show(self, record: dict[str, float], report: StepReport) -> None:
-        """The progress bar on a terminal; elsewhere about twenty lines a run, and those that say something more."""
+        """The progress bar on a terminal; elsewhere about twenty lines a run, more of a slow one, and those that say
+        something more."""
         brief = f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s"
         if "mfu" in record:
             brief += f", MFU {100 * record['mfu']:.0f}%"
@@ -75,7 +78,9 @@ class RunLog:
         if "eval_bits_per_byte" in record:
             evaluated += f" ({record['eval_bits_per_byte']:.3f} bits per byte)"
         step, every = record["step"] + 1, max(1, self.config.max_iters // 20)
-        if skipped or evaluated or (self.bar is None and (step % every == 0 or step == 1)):
+        due = step % every == 0 or step == 1 or time.perf_counter() - self.last_line > LONGEST_SILENCE_S
+        if skipped or evaluated or (self.bar is None and due):
+            self.last_line = time.perf_counter()
             total = str(self.config.max_iters)
             self.say(f"step {step:>{len(total)}}/{total}: {brief}{evaluated}{skipped}")
 

@@ -24,8 +24,7 @@ class StepReport:
     """A step, seen alike by every rank. Means over the global batch; expert_load is None without experts.
 
     loss: cross-entropy, in nats. aux_loss: balance loss, mean over the MoE layers. grad_norm: before clipping, NaN
-    when a
-    gradient was not finite; the step was then skipped. expert_load: (MoE layers, E) tokens of the global batch.
+    when a gradient was not finite; the step was then skipped. expert_load: (MoE layers, E) tokens of the global batch.
     """
 
     loss: float
