@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from heiretsu.data.batches import TokenDataset, open_data
 from heiretsu.data.folder import tokenizer_of
@@ -37,12 +38,16 @@ from heiretsu.model.generate import generate
 from heiretsu.model.gpt import GPT
 from heiretsu.model.run_log import RunLog
 from heiretsu.model.saved import newest
+from heiretsu.model.tuning import kernel_calls
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.collectives import all_reduce
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
 from heiretsu.parallel.pipeline import Microbatch
 from heiretsu.parallel.profiling import StepProfiler
+
+if fused.HAS_TRITON:
+    from heiretsu.kernels import autotune, launch
 
 
 def main(config: RunConfig) -> None:
@@ -79,6 +84,8 @@ def run(
 ) -> None:
     """Build the engine on this rank's mesh, restore it, and train."""
     mesh = make_mesh(config.dp, config.ep, config.pp, config.tp, device)
+    if config.autotune:
+        tune_kernels(config, mesh)
     engine = build_engine(config, mesh, fused if config.fused else plain)
     if mesh.rank == 0:
         print(describe(config, mesh, train_data, kernels), flush=True)
@@ -96,6 +103,8 @@ def find_device(config: RunConfig) -> torch.device:
         raise ValueError("--amp fp16 needs a GPU, and this run is on the cpu: use --amp bf16, which works there")
     if config.amp == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError("--amp bf16 needs a GPU of compute capability 8.0 or later: use --amp fp16")
+    if config.autotune and kind != "cuda":
+        raise ValueError(f"--autotune measures Triton kernels and needs a GPU, and this run is on the {kind}")
     if config.dtype == "float64" and kind == "mps":
         raise ValueError("--dtype float64 is not available on mps: use --device cpu")
     if kind != "cuda":
@@ -115,6 +124,16 @@ def find_backend(config: RunConfig, device: torch.device) -> str:
         # Both ranks send activations to each other on one channel, and NCCL takes what a pair sends one at a time.
         raise ValueError("--schedule interleaved with --pp 2 would block on nccl: use --pp 4 or --schedule 1f1b")
     return backend
+
+
+def tune_kernels(config: RunConfig, mesh: Mesh) -> None:
+    """--autotune: rank 0 measures while the others wait, and every rank launches what it chose."""
+    chosen = [autotune.tune(kernel_calls(config, mesh, fused), mesh.device) if mesh.rank == 0 else None]
+    if mesh.world.size > 1:
+        dist.broadcast_object_list(chosen, src=0)
+    launch.CHOSEN.update(chosen[0])
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()  # the training's blocks have other sizes
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:

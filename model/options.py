@@ -49,6 +49,7 @@ class RunConfig:
     dtype: str
     compile: bool
     fused: bool
+    autotune: bool
     device: str
     dist_backend: str | None
     seed: int
@@ -145,6 +146,10 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_topology(config, world_size)
     if config.amp != "none" and config.dtype == "float64":
         raise ValueError(f"--amp {config.amp} lowers precision and --dtype float64 raises it: choose one of them")
+    if config.autotune and not config.fused:
+        raise ValueError("--autotune measures launch parameters of the fused kernels: it needs --fused")
+    if config.autotune and config.device in ("cpu", "mps"):
+        raise ValueError(f"--autotune measures Triton kernels and needs a GPU, but --device is {config.device}")
     if config.amp == "fp16" and config.device == "cpu":
         raise ValueError("--amp fp16 needs a GPU, but --device is cpu: use --amp bf16, which works on a CPU")
     if config.min_lr is not None and config.min_lr > config.learning_rate:
@@ -163,7 +168,8 @@ def check(config: RunConfig, world_size: int) -> None:
 
 def _check_ranges(config: RunConfig) -> None:
     at_least = {
-        1: ("batch_size", "grad_accum_steps", "max_iters", "eval_iters", "dp", "ep", "pp", "tp", "virtual_stages", "keep"),
+        1: ("batch_size", "grad_accum_steps", "max_iters", "eval_iters", "keep", "dp", "ep", "pp", "tp")
+        + ("virtual_stages",),
         0: ("eval_interval", "warmup_iters", "weight_decay", "grad_clip", "save_interval", "sample_tokens"),
     }
     for low, names in at_least.items():
@@ -274,6 +280,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--amp", choices=("none", "fp16", "bf16"), default="none", help="precision of the activations")
     add("--dtype", choices=("float32", "float64"), default="float32", help="precision of the parameters")
     add("--fused", action="store_true", help="run the fused kernels instead of plain PyTorch")
+    add(
+        "--autotune",
+        action="store_true",
+        help="with --fused on a GPU: first measure a few launch parameters for this run's shapes, once; kept in "
+        "$HEIRETSU_CACHE or ~/.cache/heiretsu",
+    )
     add("--compile", action="store_true", help="torch.compile each block")
 
     add = parser.add_argument_group("evaluation, logs and checkpoints").add_argument

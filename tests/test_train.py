@@ -8,14 +8,20 @@ import struct
 import subprocess
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import train as train_script
 from heiretsu.data.shards import write_shard
+from heiretsu.kernels import fused
 from heiretsu.model.options import parse_args
+
+if fused.HAS_TRITON:
+    from heiretsu.kernels import launch
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [str(ROOT / "train.py")]
@@ -132,6 +138,8 @@ REFUSED = {
     "block size": ("--block_size 0", "--block_size 0 must be at least 1"),
     "heads": ("--n_head 3", "--n_head 3 does not divide --n_embed 128"),
     "amp on a CPU": ("--amp fp16 --device cpu", "--amp bf16"),
+    "autotune without fused": ("--autotune", "--autotune measures launch parameters of the fused kernels: it needs"),
+    "autotune on a CPU": ("--autotune --fused --device cpu", "needs a GPU, but --device is cpu"),
     "amp with float64": ("--amp bf16 --dtype float64", "--dtype float64"),
     "data_dir": ("--data_dir /nowhere", "/nowhere"),
     "nothing to resume": ("--resume auto", "--checkpoint_dir"),
@@ -167,6 +175,38 @@ def test_wrong_flags_are_refused_before_torch_is_imported():
     program = "import sys; import heiretsu.model.options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     assert time.perf_counter() - began < 20  # far from the second that it takes, since other tests may be running
+
+
+def test_autotune_is_refused_where_there_turns_out_to_be_no_gpu(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    for devices in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(devices, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        train_script.main(parse_args(["--autotune", "--fused"], world_size=1))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "train.py: error: --autotune measures Triton kernels and needs a GPU, and this run is on the cpu\n"
+    )
+
+
+def choices_of_a_rank(mesh):
+    """What this rank will launch, where a tuner would choose its rank; and the names of the calls that it was given."""
+    asked = []
+
+    def tune(calls, device):
+        asked.extend(name.split()[0] for name in calls)
+        return {launch.Entry("hopper", "dropout", None): {"num_warps": mesh.rank + 1}}
+
+    with unittest.mock.patch.object(train_script.autotune, "tune", tune):
+        train_script.tune_kernels(parse_args([*TINY, "--dp", "2", "--fused"], world_size=2), mesh)
+    return launch.CHOSEN, asked
+
+
+@pytest.mark.skipif(not fused.HAS_TRITON, reason="there is nothing to tune")
+def test_every_rank_launches_what_rank_0_chose(ranks):
+    (first, asked), (second, unasked) = ranks(choices_of_a_rank, dp=2)
+    assert list(first.values()) == list(second.values()) == [{"num_warps": 1}]
+    assert asked == ["attention", "linear_cross_entropy", "bias_gelu", "layer_norm"] and unasked == []
 
 
 def write_data(folder: Path, train=1000, val=1000, tokens=None) -> list[str]:
