@@ -34,6 +34,7 @@ from heiretsu.data.folder import tokenizer_of
 from heiretsu.data.tokenizer import load_tokenizer
 from heiretsu.kernels import fused, plain
 from heiretsu.model.build import build_engine, count_parameters
+from heiretsu.model.cpu_memory import keep_freed_memory
 from heiretsu.model.generate import generate
 from heiretsu.model.gpt import GPT
 from heiretsu.model.run_log import RunLog
@@ -54,6 +55,8 @@ def main(config: RunConfig) -> None:
     try:
         device = find_device(config)
         backend = find_backend(config, device)
+        if device.type == "cpu":
+            keep_freed_memory()
         kernels = fused.describe(device) if config.fused else "plain PyTorch ops"
         resume_from = find_checkpoint(config)
         if config.tokenizer is None:

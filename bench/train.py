@@ -34,6 +34,7 @@ from heiretsu.bench.result_tables import engineering, milliseconds
 from heiretsu.bench.timing import CLOCKS, Timing, measure_roofline, peak_extra_bytes
 from heiretsu.kernels import fused, plain
 from heiretsu.model.build import build_engine, count_parameters
+from heiretsu.model.cpu_memory import keep_freed_memory
 from heiretsu.model.options import RunConfig, parse_args
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
@@ -188,6 +189,12 @@ def main() -> int:
     parser.add_argument("--sequential", action="store_true", help="one model in memory at a time: for large ones")
     parser.add_argument("--threads", type=int, help="CPU threads of each rank (default: PyTorch's own choice)")
     parser.add_argument("--clock", default="wall", choices=sorted(CLOCKS), help="cpu: CPU time, on a busy machine")
+    parser.add_argument(
+        "--malloc",
+        default="keep",
+        choices=("keep", "default"),
+        help="on a CPU: keep what a step frees, as train.py does",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write every figure there")
     args, training_flags = parser.parse_known_args()
     base = parse_args(training_flags)
@@ -211,12 +218,15 @@ def compare(base: RunConfig, variants: list[Variant], device: torch.device, args
     mesh = make_mesh(base.dp, base.ep, base.pp, base.tp, device)
     ranks = mesh.world.size
     facts = environment.describe(device)
+    if device.type == "cpu":
+        allocator = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+        kept = args.malloc == "keep" and keep_freed_memory()
+        facts["malloc"] = str(allocator) if allocator else "keeps what is freed" if kept else "as the system has it"
     if args.clock == "cpu":
         facts["clock"] = "CPU seconds of rank 0, because others used the machine, too"
     peaks = {one.config.amp: peak_flops(device, one.config.amp, ranks, CLOCKS[args.clock]) for one in variants}
     if mesh.rank == 0:
-        allocator = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
-        print(environment.as_text(facts | {"malloc": str(allocator)} if allocator else facts))
+        print(environment.as_text(facts))
         print(describe(base, mesh))
         for amp, (peak, source) in peaks.items():
             print(f"peak    {engineering(peak)}FLOP/s for {base.dtype if amp == 'none' else amp}: {source}")
