@@ -109,6 +109,7 @@ def tune(
             run, prepared = calls[call](), call
         best = _best(entry, call, run, clock, deadline, say)
         if best is None:
+            del launch.CHOSEN[entry]
             left = _kernels(list(todo)[done:])
             say(f"autotune: out of time; the table's parameters stay for {left}, which the next run measures")
             break
@@ -118,7 +119,7 @@ def tune(
 
 
 def _best(entry: Entry, call: str, run: Run, clock, deadline: float, say) -> dict | None:
-    """The parameters to use, in effect when this returns; None, with the table's in effect, where time runs out."""
+    """The parameters to use; None where time runs out. Those in effect when this returns are the last that it tried."""
     table, *others = candidates(entry)
 
     def measure(parameters: dict) -> float:
@@ -133,7 +134,6 @@ def _best(entry: Entry, call: str, run: Run, clock, deadline: float, say) -> dic
     times = []
     for parameters in others:
         if time.monotonic() > deadline:
-            del launch.CHOSEN[entry]
             return None
         try:
             times.append((measure(parameters), parameters))
@@ -150,7 +150,6 @@ def _best(entry: Entry, call: str, run: Run, clock, deadline: float, say) -> dic
             outcome = f"{before:.3f} -> {now:.3f} ms with {_difference(entry, parameters)}"
             table = parameters
             break
-    launch.CHOSEN[entry] = table
     say(f"autotune: {_title(entry)} in {call}: {1 + len(others)} candidates, {outcome}")
     return table
 

@@ -27,7 +27,7 @@ CANDIDATES = [
     dict(BLOCK=64, ROWS=8, num_warps=16, num_stages=2),
 ]
 AMPERES, ONE_STAGE, THREE_STAGES, FOUR_WARPS, SIXTEEN_WARPS = CANDIDATES[1:]
-TOY, OTHER = launch.Entry("hopper", "toy", 64), launch.Entry("hopper", "other", None)
+TOY, OTHER = launch.Entry("hopper", "toy", 64), launch.Entry("hopper", "other", 64)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def an_h100_with_two_toy_kernels(monkeypatch):
     monkeypatch.setattr(launch, "CHOSEN", {})
     for arch, parameters in TABLE.items():
         monkeypatch.setitem(launch.TABLE[arch], "toy", {64: parameters, 128: parameters | {"BLOCK": 8}})
-        monkeypatch.setitem(launch.TABLE[arch], "other", {None: dict(num_warps=4, num_stages=1)})
+        monkeypatch.setitem(launch.TABLE[arch], "other", {64: dict(num_warps=4, num_stages=1)})
     with installed(target=90):
         yield
 
@@ -52,7 +52,7 @@ class Toy:
 
     def prepare(self):
         def run():
-            launch.parameters("other", CPU)
+            launch.parameters("other", CPU, 50)
             return {"y": self.result(launch.parameters("toy", CPU, 50))}
 
         return run
@@ -82,6 +82,12 @@ def test_candidates_are_the_tables_then_other_classes_then_neighbours():
     assert autotune.candidates(OTHER) == [dict(num_warps=w, num_stages=1) for w in (4, 8)]  # no pipeline: one stage
 
 
+def test_candidates_have_a_stage_at_least_and_4_to_16_warps(monkeypatch):
+    monkeypatch.setitem(launch.TABLE["hopper"], "toy", {64: dict(BLOCK=64, ROWS=8, num_warps=16, num_stages=1)})
+    found = {(p["BLOCK"], p["num_warps"], p["num_stages"]) for p in autotune.candidates(TOY)}
+    assert found == {(64, 16, 1), (32, 4, 3), (64, 16, 2), (64, 8, 1)}
+
+
 def test_every_entry_of_the_table_has_few_candidates_that_keep_what_must_be_kept():
     for arch in ("ampere", "hopper", "blackwell", "cdna3"):
         for row, sizes in launch.TABLE[arch].items():
@@ -98,8 +104,9 @@ def test_every_entry_of_the_table_has_few_candidates_that_keep_what_must_be_kept
 
 def test_the_fastest_is_chosen_said_and_launched(toy):
     toy.costs = [(AMPERES, 0.8), (FOUR_WARPS, 0.5)]
+    launch.CHOSEN[launch.Entry("hopper", "toy", 128)] = SIXTEEN_WARPS  # by an earlier call: gone
     chosen = toy.tune()
-    assert chosen == {OTHER: dict(num_warps=4, num_stages=1), TOY: FOUR_WARPS}
+    assert chosen == launch.CHOSEN == {OTHER: dict(num_warps=4, num_stages=1), TOY: FOUR_WARPS}
     assert launch.parameters("toy", CPU, 50) == launch.parameters("toy", CPU, 64) == FOUR_WARPS
     assert launch.parameters("toy", CPU, 65)["BLOCK"] == 8  # another size, another entry
     assert "measuring 2 kernels with 8 candidates" in toy.said[0] and str(toy.path) in toy.said[0]
