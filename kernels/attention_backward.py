@@ -55,39 +55,47 @@ def _delta_kernel(
 
 @triton.jit
 def _dkdv_of_queries(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_log2_ptr, delta_ptr, stride_qt, stride_qd, stride_ot, stride_od, start, end,
-    num_diagonal, tail, first_key, T, shift, seed, head, batch, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    SCALE_LOG2: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DV_FIRST: tl.constexpr,
+    dk, dv, k, v, q_ptr, dout_ptr, lse_log2_ptr, delta_ptr, stride_qh, stride_qt, stride_qd, stride_oh, stride_ot,
+    stride_od, start, end, num_diagonal, tail, first_key, T, shift, seed, head, batch, GROUP: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, SCALE_LOG2: tl.constexpr, DROP_BELOW: tl.constexpr,
+    KEEP_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DV_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Add what query blocks start .. end-1 give to dk (still without the scale) and dv (without KEEP_SCALE).
+    """Add what query blocks start .. end-1 of GROUP heads give to dk (still without the scale) and dv (without
+    KEEP_SCALE). The pointers, and `head`, are those of the first head.
 
     Works on transposed tiles (keys, queries), so that p and ds are left operands as they come out of the registers.
     MASKED: the first num_diagonal blocks from start are counted up, every further one is the block `tail`.
     """
     keys = first_key + tl.arange(0, BLOCK_N)
-    for block in range(start, end):
+    # One loop over the blocks of all heads: nested in a loop over heads, it spilled 120 to 700 bytes a thread.
+    num_blocks = tl.maximum(end - start, 0)
+    for step in range(GROUP * num_blocks):
+        member = step // tl.maximum(num_blocks, 1) if GROUP > 1 else 0
+        block = start + step - member * num_blocks
+        skip = tl.cast(member, tl.int64)  # heads, from the first
         if MASKED:
             first = tl.where(block < start + num_diagonal, block, tail) * BLOCK_M
         else:
             first = block * BLOCK_M
         rows = first + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, first, T, stride_qt, stride_qd, BLOCK_M, MASKED, D, BLOCK_D)
-        dout = load_rows(dout_ptr, first, T, stride_ot, stride_od, BLOCK_M, MASKED, D, BLOCK_D)
+        q = load_rows(q_ptr + skip * stride_qh, first, T, stride_qt, stride_qd, BLOCK_M, MASKED, D, BLOCK_D)
+        dout = load_rows(dout_ptr + skip * stride_oh, first, T, stride_ot, stride_od, BLOCK_M, MASKED, D, BLOCK_D)
         s = dot(k, q.T)
         dp = dot(v, dout.T)  # right after s: no spills on H100 at D128, where s, p, dp in order of use spills 72 bytes
+        at = skip * T + rows
         if MASKED:
-            lse_log2 = tl.load(lse_log2_ptr + rows, mask=rows < T, other=float("inf"))  # makes p = 0 beyond T
-            delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
+            lse_log2 = tl.load(lse_log2_ptr + at, mask=rows < T, other=float("inf"))  # makes p = 0 beyond T
+            delta = tl.load(delta_ptr + at, mask=rows < T, other=0.0)
         else:
-            lse_log2 = tl.load(lse_log2_ptr + rows)
-            delta = tl.load(delta_ptr + rows)
+            lse_log2 = tl.load(lse_log2_ptr + at)
+            delta = tl.load(delta_ptr + at)
         p = tl.exp2(s * SCALE_LOG2 - lse_log2[None, :])
         if MASKED and CAUSAL:
             p = tl.where(keys[:, None] <= rows[None, :] + shift, p, 0.0)
         dropped = p
         if DROP_BELOW > 0:
-            keep = keep_mask(keys[:, None], rows[None, :], head, batch, seed, DROP_BELOW)
+            keep = keep_mask(keys[:, None], rows[None, :], head + member, batch, seed, DROP_BELOW)
             dropped = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * KEEP_SCALE, 0.0)
         if DV_FIRST:
@@ -139,24 +147,23 @@ def _dkdv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype)
-    for g in range(GROUP):
-        h = key_head * GROUP + g
-        head = kv * GROUP + g
-        q_head = q_ptr + batch * stride_qb + head * stride_qh
-        dout_head = dout_ptr + batch * stride_ob + head * stride_oh
-        at = (batch * H + head) * T
-        dk, dv = _dkdv_of_queries(
-            dk, dv, k, v, q_head, dout_head, lse_log2_ptr + at, delta_ptr + at, stride_qt, stride_qd, stride_ot,
-            stride_od, first_block, masked_end, num_diagonal, whole, first_key, T, shift, seed, h + head_offset,
-            b + batch_offset, True, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE, D,
-            BLOCK_M, BLOCK_N, BLOCK_D, DV_FIRST,
-        )  # fmt: skip
-        dk, dv = _dkdv_of_queries(
-            dk, dv, k, v, q_head, dout_head, lse_log2_ptr + at, delta_ptr + at, stride_qt, stride_qd, stride_ot,
-            stride_od, unmasked, whole, num_diagonal, whole, first_key, T, shift, seed, h + head_offset,
-            b + batch_offset, False, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE, D,
-            BLOCK_M, BLOCK_N, BLOCK_D, DV_FIRST,
-        )  # fmt: skip
+    head = kv * GROUP  # the first of the group
+    q_ptr += batch * stride_qb + head * stride_qh
+    dout_ptr += batch * stride_ob + head * stride_oh
+    lse_log2_ptr += (batch * H + head) * T
+    delta_ptr += (batch * H + head) * T
+    dk, dv = _dkdv_of_queries(
+        dk, dv, k, v, q_ptr, dout_ptr, lse_log2_ptr, delta_ptr, stride_qh, stride_qt, stride_qd, stride_oh, stride_ot,
+        stride_od, first_block, masked_end, num_diagonal, whole, first_key, T, shift, seed,
+        key_head * GROUP + head_offset, b + batch_offset, GROUP, True, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE,
+        D, BLOCK_M, BLOCK_N, BLOCK_D, DV_FIRST,
+    )  # fmt: skip
+    dk, dv = _dkdv_of_queries(
+        dk, dv, k, v, q_ptr, dout_ptr, lse_log2_ptr, delta_ptr, stride_qh, stride_qt, stride_qd, stride_oh, stride_ot,
+        stride_od, unmasked, whole, num_diagonal, whole, first_key, T, shift, seed,
+        key_head * GROUP + head_offset, b + batch_offset, GROUP, False, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE,
+        D, BLOCK_M, BLOCK_N, BLOCK_D, DV_FIRST,
+    )  # fmt: skip
     at = (batch * S * num_key_heads + kv) * D
     store_rows(dk_ptr + at, dk * SCALE, first_key, S, num_key_heads * D, BLOCK_N, D, BLOCK_D)
     store_rows(dv_ptr + at, dv * KEEP_SCALE, first_key, S, num_key_heads * D, BLOCK_N, D, BLOCK_D)
@@ -263,11 +270,11 @@ def backward(
             H, T, D=D, BLOCK_D=block_d(D), **meta,
         )  # fmt: skip
         if need_dkdv:
-            meta = launch.parameters("attention_dkdv", q.device, D, q.itemsize)
+            meta = launch.parameters("attention_dkdv", q.device, D, q.itemsize, dropout.drop_below > 0)
             grid = (triton.cdiv(S, meta["BLOCK_N"]) * B * Hkv,)
             _dkdv_kernel[grid](*shared, dk, dv, *strides, *scalars, **constants, **meta)
         if need_dq:
-            meta = launch.parameters("attention_dq", q.device, D, q.itemsize)
+            meta = launch.parameters("attention_dq", q.device, D, q.itemsize, dropout.drop_below > 0)
             grid = (triton.cdiv(T, meta["BLOCK_M"]) * B * H,)
             _dq_kernel[grid](*shared, dq, *strides, *scalars, **constants, **meta)
     return dq, dk, dv

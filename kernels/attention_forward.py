@@ -119,7 +119,7 @@ def forward(q, k, v, causal: bool, scale: float, dropout: Dropout):
     B, H, T, D = q.shape
     out = q.new_empty(B, T, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
-    meta = launch.parameters("attention_forward", q.device, D, q.itemsize)
+    meta = launch.parameters("attention_forward", q.device, D, q.itemsize, dropout.drop_below > 0)
     grid = (triton.cdiv(T, meta["BLOCK_M"]) * B * H,)
     with launch.on(q.device):
         _forward_kernel[grid](

@@ -15,8 +15,9 @@ import triton
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # @triton.jit reads it once too, at decoration
 
 # {architecture class: {kernel: {largest size: parameters}}}. "size" is the dim that decides the tile (head dim,
-# hidden size, ...); a kernel with one configuration uses the key None. A kernel name ending in "/fp32" is used for
-# operands of four bytes and more, where it exists. Each kernel file names its own entries in its header.
+# hidden size, ...); a kernel with one configuration uses the key None. A name ending in "/fp32" is used for operands of
+# four bytes and more, one ending in "/dropout" for others where a mask is drawn, each where it exists. Each kernel file
+# names its own entries in its header.
 TABLE: dict[str, dict[str, dict]] = {"ampere": {}, "hopper": {}, "blackwell": {}, "cdna3": {}, "interpreter": {}}
 
 
@@ -34,7 +35,7 @@ TABLE["ampere"] |= {
         256: _tiles(64, 64, 8, 2),  # .52, 255/0/1
     },
     "attention_dkdv": {
-        64: _tiles(64, 128, 8, 2, DV_FIRST=True),  # .76, 255/0/1; 4 warps 504 bytes spilled
+        64: _tiles(64, 128, 8, 2, DV_FIRST=True),  # .76, 252/0/1; 4 warps 504 bytes spilled
         128: _tiles(32, 128, 8, 2, DV_FIRST=True),  # .72, 255/0/1; ds first 3624 bytes; 64 x 64 .83, but 104 bytes
         256: _tiles(32, 64, 8, 2, DV_FIRST=False),  # .35, 250/0/1; 64 x 64 .56, but 64 bytes spilled
     },
@@ -51,9 +52,9 @@ TABLE["hopper"] |= {
         256: _tiles(128, 64, 8, 2),  # 1.00, 246/0/1
     },
     "attention_dkdv": {
-        64: _tiles(128, 128, 8, 3, DV_FIRST=False),  # .99, 254/0/1; dv first 72 bytes; 64 x 128 .88: shared memory
-        128: _tiles(64, 128, 8, 2, DV_FIRST=False),  # .99, 254/0/1
-        256: _tiles(64, 64, 8, 2, DV_FIRST=False),  # .40, 255/216/1; 32 x 64 spills 48 bytes at .22
+        64: _tiles(128, 128, 8, 2, DV_FIRST=False),  # .99, 254/0/1; 3 stages 88 bytes in groups; 64 x 128 .88
+        128: _tiles(64, 128, 8, 2, DV_FIRST=False),  # .99, 252/0/1
+        256: _tiles(64, 64, 8, 2, DV_FIRST=False),  # .40, 255/248/1; 32 x 64 spills 48 bytes at .22
     },
     "attention_dq": {
         64: _tiles(128, 64, 8, 3),  # 1.00, 128/0/2
@@ -68,9 +69,9 @@ TABLE["blackwell"] |= {
         256: _tiles(128, 64, 8, 2),  # .66, 252/0/1
     },
     "attention_dkdv": {
-        64: _tiles(64, 128, 8, 2, DV_FIRST=True),  # .44, 170/0/1, 215 with ds first; 128 x 128 .50, but 312 bytes
-        128: _tiles(64, 128, 8, 2, DV_FIRST=True),  # .57, 199/0/1, 243 with ds first
-        256: _tiles(64, 64, 8, 1, DV_FIRST=False),  # .50, 254/0/1
+        64: _tiles(64, 128, 8, 2, DV_FIRST=True),  # .44, 172/0/1, 215 with ds first; 128 x 128 .50, but 312 bytes
+        128: _tiles(64, 128, 8, 2, DV_FIRST=True),  # .57, 201/0/1, 243 with ds first
+        256: _tiles(64, 64, 8, 1, DV_FIRST=False),  # .50, 232/0/1
     },
     "attention_dq": {
         64: _tiles(128, 64, 8, 2),  # .67, 127/0/2
@@ -93,6 +94,61 @@ TABLE["cdna3"] |= {
         64: _tiles(128, 32, 4, 1),  # .93, 166/0/3; 64 queries compute S twice
         128: _tiles(128, 16, 4, 1),  # 1.00, 208/0/2; 64 queries compute S twice
         256: _tiles(64, 16, 4, 1),  # .84, 240/0/2
+    },
+}
+# With dropout: Philox takes 46 instructions an element, which set the bound whatever the tile is, and their temporaries
+# take registers, hence fewer elements a thread. A kernel that is not here spills nothing with its tiles above.
+TABLE["ampere"] |= {
+    "attention_forward/dropout": {
+        64: _tiles(64, 64, 4, 2),  # .18, 190/0/2; 128 x 64 spills 40 bytes
+        128: _tiles(128, 32, 8, 2),  # .33, 226/0/1; 128 x 64 spills 8 bytes
+        256: _tiles(64, 64, 8, 2),  # .52, 255/0/1
+    },
+    "attention_dkdv/dropout": {
+        64: _tiles(32, 128, 8, 2, DV_FIRST=True),  # .37, 190/0/1; 64 x 128 takes 255 registers
+        128: _tiles(16, 128, 8, 2, DV_FIRST=True),  # .61, 243/0/1; 32 x 128 .72, but 72 bytes spilled
+        256: _tiles(32, 64, 8, 2, DV_FIRST=False),  # .35, 255/0/1
+    },
+}
+TABLE["hopper"] |= {
+    "attention_forward/dropout": {
+        64: _tiles(64, 64, 4, 2),  # .10, 148/0/3; 128 x 64 with 4 warps spills 40 bytes
+        128: _tiles(128, 64, 8, 2),  # .19, 179/0/1; 128 x 128 spills 72 bytes
+        256: _tiles(128, 64, 8, 2),  # .38, 255/0/1
+    },
+    "attention_dkdv/dropout": {
+        64: _tiles(32, 128, 8, 2, DV_FIRST=False),  # .21, 172/0/1; 64 x 128 spills 8 bytes, 128 x 128 160
+        128: _tiles(32, 128, 8, 2, DV_FIRST=False),  # .42, 246/0/1; 64 x 128 spills 32 bytes, in groups 272
+        256: _tiles(32, 64, 8, 2, DV_FIRST=False),  # .22, 255/176/1; 64 x 64 .40, but 408 bytes
+    },
+    "attention_dq/dropout": {
+        64: _tiles(128, 64, 8, 3),  # .15, 179/0/1
+        128: _tiles(128, 64, 8, 2),  # .29, 250/0/1; 3 stages 8 bytes
+        256: _tiles(128, 32, 8, 1),  # .55, 255/128/1
+    },
+}
+TABLE["blackwell"] |= {
+    "attention_forward/dropout": {
+        64: _tiles(64, 32, 4, 2),  # .04, 221/0/2; 128 x 64 with 8 warps 312 bytes, with 4 2464
+        128: _tiles(128, 32, 8, 2),  # .09, 234/0/1; 128 x 64 520 bytes, 128 x 128 2376
+        256: _tiles(64, 32, 8, 2),  # .17, 214/0/1; 128 x 64 1032 bytes
+    },
+    "attention_dkdv/dropout": {
+        64: _tiles(64, 128, 8, 2, DV_FIRST=True),  # .10, 255/0/1
+        128: _tiles(32, 128, 8, 2, DV_FIRST=True),  # .19, 182/0/1; 64 x 128 24 bytes
+        256: _tiles(32, 64, 8, 1, DV_FIRST=False),  # .29, 205/0/1; 64 x 64 .37, but 176 bytes
+    },
+}
+TABLE["cdna3"] |= {
+    "attention_forward/dropout": {
+        64: _tiles(128, 32, 4, 1),  # .10, 180/0/2; 128 x 64 takes 301 registers
+        128: _tiles(128, 32, 4, 1),  # .20, 252/0/2
+        256: _tiles(128, 16, 4, 1),  # .35, 323/0/1
+    },
+    "attention_dkdv/dropout": {
+        64: _tiles(16, 128, 4, 1, DV_FIRST=False),  # .21, 218/0/2; 32 x 128 takes 292 registers
+        128: _tiles(32, 128, 4, 1, DV_FIRST=False),  # .38, 400/0/1
+        256: _tiles(16, 64, 4, 1, DV_FIRST=False),  # .75, 309/0/1
     },
 }
 # float32 dots are made of FMAs: small tiles, so that neither registers nor the unrolled code explode. No spills on A100
@@ -249,7 +305,8 @@ class AuditCase:
     signature: Triton type of each run-time argument ("*bf16:16", "i32"; ":16" says divisible by 16). constexprs: the
     rest, strides of 1 included. The bars: max_spill_bytes a thread; min_bound, the least share of the tensor cores'
     (or, without a dot, of the memory's) peak that the hot loop's other pipes leave possible; loop_flops, what one
-    iteration of the hot loop computes by closed form, which shows that the audit read the right loop.
+    iteration of the hot loop computes by closed form, which shows that the audit read the right loop. quick: whether a
+    quick audit takes it, too.
     """
 
     name: str
@@ -261,13 +318,14 @@ class AuditCase:
     max_spill_bytes: int = 0
     min_bound: float = 0.0
     loop_flops: int | None = None
+    quick: bool = True
 
 
 class Entry(NamedTuple):
     """Which entry of the table: `TABLE[arch][row][size]`."""
 
     arch: str
-    row: str  # a kernel's name, or that and "/fp32"
+    row: str  # a kernel's name, or that and "/fp32" or "/dropout"
     size: int | None
 
 
@@ -341,13 +399,14 @@ def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def parameters(kernel: str, device: torch.device, size=None, itemsize: int = 2) -> dict:
+def parameters(kernel: str, device: torch.device, size=None, itemsize: int = 2, dropout: bool = False) -> dict:
     """Launch parameters of `kernel` (block sizes, num_warps, num_stages): a fresh dict of keyword arguments.
 
     The table's, or what autotune.py chose over them, under what `override` says.
     size: picks the smallest key of the kernel's entry that is >= size. itemsize: bytes of an operand element.
+    dropout: whether the kernel draws a dropout mask.
     """
-    entry = find(kernel, architecture(device), size, itemsize)
+    entry = find(kernel, architecture(device), size, itemsize, dropout)
     for entries in _observers:
         entries[entry] = None
     values = dict(CHOSEN.get(entry) or TABLE[entry.arch][entry.row][entry.size])
@@ -356,9 +415,10 @@ def parameters(kernel: str, device: torch.device, size=None, itemsize: int = 2) 
     return values
 
 
-def find(kernel: str, arch: str, size=None, itemsize: int = 2) -> Entry:
+def find(kernel: str, arch: str, size=None, itemsize: int = 2, dropout: bool = False) -> Entry:
     """The table's entry for a launch. Raises ValueError for a size beyond the kernel's largest."""
-    row = f"{kernel}/fp32" if itemsize >= 4 and TABLE[arch].get(f"{kernel}/fp32") else kernel
+    special = f"{kernel}/fp32" if itemsize >= 4 else f"{kernel}/dropout" if dropout else kernel
+    row = special if special in TABLE[arch] else kernel
     sizes = TABLE[arch][row]
     if size is None or None in sizes:
         return Entry(arch, row, None)
@@ -368,7 +428,7 @@ def find(kernel: str, arch: str, size=None, itemsize: int = 2) -> Entry:
     return Entry(arch, row, min(fits))
 
 
-def lookup(kernel: str, arch: str, size=None, itemsize: int = 2) -> dict:
+def lookup(kernel: str, arch: str, size=None, itemsize: int = 2, dropout: bool = False) -> dict:
     """The table's own parameters, whatever was chosen or overridden (for the audit)."""
-    entry = find(kernel, arch, size, itemsize)
+    entry = find(kernel, arch, size, itemsize, dropout)
     return dict(TABLE[entry.arch][entry.row][entry.size])

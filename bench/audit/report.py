@@ -11,7 +11,7 @@ from heiretsu.bench.audit.pipes import Region
 from heiretsu.bench.audit.runner import Job, Verdict
 from heiretsu.kernels.launch import AuditCase
 
-QUICK_ARCHS = ("sm_90",)  # all cases there, and on the other machines the first of each kernel file
+QUICK_ARCHS = ("sm_90",)  # all quick cases there, and on the other machines the first of each kernel file
 RESOURCES = ["case", "w/s", "regs", "spill B", "shared KiB", "CTA/SM", "occ", "tensor instr", "wide ld/st", "bound",
              "serial", "limit"]  # fmt: skip
 NVIDIA_PIPES = ["issue", "fma", "alu", "xu", "udp", "lsu", "smem", "tensor"]
@@ -72,7 +72,7 @@ def audit(
 
 
 def choose(sources: list[str], archs: list[str], quick: bool) -> list[Job]:
-    """Every case; quick: every case on QUICK_ARCHS, the first of each file elsewhere.
+    """Every case; quick: every quick case on QUICK_ARCHS, the first of each file elsewhere.
 
     A file may list the cases of another that it is made of: those are taken once. ValueError if a name means two cases.
     """
@@ -84,7 +84,7 @@ def choose(sources: list[str], archs: list[str], quick: bool) -> list[Job]:
             clashes = [name for name, case in of_source.items() if seen.get(name, case) != case]
             if clashes:
                 raise ValueError(f"{source}: other cases have the same names on {arch}: {', '.join(clashes)}")
-            new = [name for name in of_source if name not in seen]
+            new = [name for name, case in of_source.items() if name not in seen and (case.quick or not quick)]
             seen |= of_source
             work += [Job(source, arch, name) for name in (new[:1] if quick and arch not in QUICK_ARCHS else new)]
     return work

@@ -215,3 +215,16 @@ def test_every_head_dim_has_launch_parameters(arch):
         for D in (1, 64, 65, 256):
             for itemsize in (2, 4):
                 assert {"BLOCK_M", "num_warps", "num_stages"} <= launch.lookup(kernel, arch, D, itemsize).keys()
+
+
+@pytest.mark.triton
+def test_launches_with_dropout_ask_for_its_entries(monkeypatch):
+    device = torch.device(forms.TRITON_DEVICE)
+    table = launch.TABLE[launch.architecture(device)]
+    kernels = ("attention_forward", "attention_dkdv", "attention_dq")
+    for kernel in kernels:
+        monkeypatch.setitem(table, f"{kernel}/dropout", table[kernel])
+    for dropout_p, suffix in ((0.0, ""), (0.1, "/dropout")):
+        with launch.observed() as entries:
+            triton_attention.attention(*qkv(device=device, dtype=torch.float16), dropout_p=dropout_p).sum().backward()
+        assert {entry.row for entry in entries} == {"attention_delta", *(kernel + suffix for kernel in kernels)}

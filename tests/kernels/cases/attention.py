@@ -293,7 +293,12 @@ MUTATIONS = [
         "low scores",
         _BACKWARD,
     ),
-    Mutation("one head of the group in dk", "for g in range(GROUP)", "for g in range(1)", "grouped queries", _BACKWARD),
+    Mutation(
+        "one head of the group in dk", "range(GROUP * num_blocks)", "range(num_blocks)", "grouped queries", _BACKWARD
+    ),
+    Mutation("the group's first queries in dk", "q_ptr + skip * stride_qh", "q_ptr", "grouped queries", _BACKWARD),
+    Mutation("the group's first lse in dk", "at = skip * T + rows", "at = rows", "grouped queries", _BACKWARD),
+    Mutation("one dropout mask for the group", "head + member, batch", "head, batch", "one key head", _BACKWARD),
     Mutation(
         "load beyond the last row",
         "return tl.load(pointers, mask=mask, other=0.0)",
