@@ -131,6 +131,8 @@ def find_backend(config: RunConfig, device: torch.device) -> str:
 
 def tune_kernels(config: RunConfig, mesh: Mesh) -> None:
     """--autotune: rank 0 measures while the others wait, and every rank launches what it chose."""
+    if mesh.rank == 0 and mesh.world.size > 1:
+        print(f"autotune: rank 0 measures for all {mesh.world.size} ranks, which wait for it", flush=True)
     chosen = [autotune.tune(kernel_calls(config, mesh, fused), mesh.device) if mesh.rank == 0 else None]
     if mesh.world.size > 1:
         dist.broadcast_object_list(chosen, src=0)
