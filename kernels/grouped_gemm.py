@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels import launch
+from heiretsu.kernels.gelu import gelu, gelu_and_derivative
 from heiretsu.kernels.launch import AuditCase
 
 
@@ -41,15 +42,6 @@ def find_tile(offsets_ptr, tile, num_experts, E_PAD: tl.constexpr, BLOCK_M: tl.c
     first_tile = tl.sum(tl.where(e < expert, tiles, 0), 0)
     first_row = tl.sum(tl.where(e == expert, begin, 0), 0) + (tile - first_tile) * BLOCK_M
     return expert, first_row, tl.sum(tl.where(e == expert, end, 0), 0)
-
-
-@triton.jit
-def gelu_parts(u):
-    """(s, ds/du * u) with gelu(u) = u * s: the tanh form as u * sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), by exp2."""
-    squared = u * u
-    z = u * (2.302208198144325 + 0.1029432395800235 * squared)  # times log2(e)
-    s = 1.0 / (1.0 + tl.exp2(-z))
-    return s, u * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * squared)
 
 
 @triton.jit
@@ -86,13 +78,12 @@ def _finish(
     if WRITE_OUT and EPILOGUE != "dgelu":
         tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=mask)
     if EPILOGUE == "gelu":
-        s, _ = gelu_parts(acc)
-        tl.store(act_ptr + offset, (acc * s).to(act_ptr.dtype.element_ty), mask=mask)
+        tl.store(act_ptr + offset, gelu(acc).to(act_ptr.dtype.element_ty), mask=mask)
     if EPILOGUE == "dgelu":  # acc is the gradient of the expert's activation, before its gate is applied
         u = tl.load(h_ptr + offset, mask=mask, other=0.0).to(acc.dtype)
-        s, slope = gelu_parts(u)
-        tl.store(act_ptr + offset, (gate[:, None] * u * s).to(act_ptr.dtype.element_ty), mask=mask)
-        dh = gate[:, None] * acc * (s + slope)
+        activation, slope = gelu_and_derivative(u)
+        tl.store(act_ptr + offset, (gate[:, None] * activation).to(act_ptr.dtype.element_ty), mask=mask)
+        dh = gate[:, None] * acc * slope
         tl.store(out_ptr + offset, dh.to(out_ptr.dtype.element_ty), mask=mask)
         if HAS_BIAS:
             tl.store(dbias_ptr + cols, tl.sum(dh, 0), mask=cols < num_cols)
