@@ -43,6 +43,13 @@ class RoutingPlan(NamedTuple):
 
 
 @triton.jit
+def _indices(num_tokens, E_PAD: tl.constexpr, K_PAD: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tokens (BLOCK_N, 1) int64 of this program, experts (1, E_PAD), choices (1, K_PAD); which of the tokens exist."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    return n.to(tl.int64), tl.arange(0, E_PAD)[None, :], tl.arange(0, K_PAD)[None, :], n < num_tokens
+
+
+@triton.jit
 def _route_kernel(
     logits_ptr,  # (N, E), any strides
     gates_ptr,  # (N, K)
@@ -57,11 +64,8 @@ def _route_kernel(
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    e = tl.arange(0, E_PAD)[None, :]
-    k = tl.arange(0, K_PAD)[None, :]
-    row_mask = (n < num_tokens)[:, None]
-    pointers = logits_ptr + n.to(tl.int64)[:, None] * stride_n + e.to(tl.int64) * stride_e
+    n, e, k, row_mask = _indices(num_tokens, E_PAD, K_PAD, BLOCK_N)
+    pointers = logits_ptr + n * stride_n + e.to(tl.int64) * stride_e
     logits = tl.load(pointers, mask=row_mask & (e < num_experts), other=0.0).to(ACC)
     keys = tl.where(logits == logits, logits, float("inf"))  # NaN counts as the greatest, as when sorting
 
@@ -78,7 +82,7 @@ def _route_kernel(
 
     exps = tl.exp(chosen - tl.max(chosen, 1)[:, None])
     gates = exps / tl.sum(exps, 1)[:, None]
-    offset = n.to(tl.int64)[:, None] * TOP_K + k
+    offset = n * TOP_K + k
     mask = row_mask & (k < TOP_K)
     tl.store(gates_ptr + offset, gates.to(gates_ptr.dtype.element_ty), mask=mask)
     tl.store(experts_ptr + offset, experts.to(tl.int64), mask=mask)
@@ -100,11 +104,7 @@ def _route_backward_kernel(
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    e = tl.arange(0, E_PAD)[None, :]
-    k = tl.arange(0, K_PAD)[None, :]
-    row_mask = (n < num_tokens)[:, None]
-    n = n.to(tl.int64)[:, None]
+    n, e, k, row_mask = _indices(num_tokens, E_PAD, K_PAD, BLOCK_N)
     mask = row_mask & (k < TOP_K)
     experts = tl.load(experts_ptr + n * TOP_K + k, mask=mask, other=0)
     chosen = tl.load(logits_ptr + n * stride_n + experts * stride_e, mask=mask, other=-float("inf")).to(ACC)
