@@ -115,7 +115,7 @@ _SPILLS = {
     ("hopper", "attention_dq D256"): 32,
     ("hopper", "attention_dkdv D256 dropout"): 176,
     ("hopper", "attention_dq D256 dropout"): 128,
-    ("hopper", "attention_dq D128 fp32"): 40,
+    ("blackwell", "attention_forward D256 fp32"): 32,
 }
 
 

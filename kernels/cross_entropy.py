@@ -343,14 +343,19 @@ _SPILLS |= {("blackwell", "dx"): 264, ("blackwell", "dweight"): 160}
 
 
 def audit_cases(arch: str) -> list[launch.AuditCase]:
-    """The launches at bf16, C = 768, V = 50257, N divisible by 16."""
+    """The launches at bf16 and at float32, C = 768, V = 50257, N divisible by 16."""
+    return _audit_cases(arch, "bf16") + _audit_cases(arch, "fp32")
+
+
+def _audit_cases(arch: str, dtype: str) -> list[launch.AuditCase]:
     dims = {"N": "i32:16", "V": "i32", "C": "i32:16", "stride_x": "i32:16", "stride_w": "i32:16"}
-    operands = {"x_ptr": "*bf16:16", "weight_ptr": "*bf16:16", "local_ptr": "*i64:16"}
+    pointer = f"*{dtype}:16"
+    operands = {"x_ptr": pointer, "weight_ptr": pointer, "local_ptr": "*i64:16"}
     floats = {
         name: "*fp32:16" for name in ("max_ptr", "sum_ptr", "target_logit_ptr", "lse_ptr", "dlse_ptr", "dtarget_ptr")
     }
-    dlogits = operands | floats | dims | {"out_ptr": "*bf16:16", "width": "i32:16", "stride_out": "i32:16"}
-    gemm = {"a_ptr": "*bf16:16", "b_ptr": "*bf16:16", "out_ptr": "*fp32:16", "b_rows": "i32", "out_rows": "i32"}
+    dlogits = operands | floats | dims | {"out_ptr": pointer, "width": "i32:16", "stride_out": "i32:16"}
+    gemm = {"a_ptr": pointer, "b_ptr": pointer, "out_ptr": "*fp32:16", "b_rows": "i32", "out_rows": "i32"}
     gemm |= {size: "i32:16" for size in ("M", "K", "C", "stride_am", "stride_ak", "stride_b")}
     cases = []
     for name, kernel, fn, signature, constexprs in (
@@ -360,24 +365,28 @@ def audit_cases(arch: str) -> list[launch.AuditCase]:
         ("dx", "gemm", _gemm_kernel, gemm, {"stride_ak": 1, "ADD": True}),
         ("dweight", "gemm", _gemm_kernel, gemm, {"stride_am": 1, "ADD": False}),
     ):
-        constexprs = launch.lookup(f"linear_cross_entropy_{kernel}", arch) | constexprs
+        if dtype == "fp32" and kernel == "combine":
+            continue  # the same as at bf16
+        itemsize = 4 if dtype == "fp32" else 2
+        constexprs = launch.lookup(f"linear_cross_entropy_{kernel}", arch, itemsize=itemsize) | constexprs
         constexprs.pop("BUFFER_ELEMENTS", None)
         warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
         signature = {argument: signature[argument] for argument in fn.arg_names if argument not in constexprs}
         flops = None
-        if "BLOCK_C" in constexprs:
+        if "BLOCK_C" in constexprs and dtype == "bf16":  # float32 has no tensor cores without TF32
             flops = 2 * math.prod(size for argument, size in constexprs.items() if argument.startswith("BLOCK_"))
         cases.append(
             launch.AuditCase(
-                f"linear_cross_entropy {name}",
+                f"linear_cross_entropy {name}{' fp32' * (dtype == 'fp32')}",
                 fn,
                 signature,
                 constexprs,
                 warps,
                 stages,
-                max_spill_bytes=_SPILLS.get((arch, name), 0),
-                min_bound=0.5 if flops else 1.0,
+                max_spill_bytes=_SPILLS.get((arch, name), 0) if dtype == "bf16" else 0,
+                min_bound=0.0 if dtype == "fp32" else 0.5 if flops else 1.0,
                 loop_flops=flops,
+                quick=dtype == "bf16",
             )  # fmt: skip
         )
     return cases

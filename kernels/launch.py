@@ -151,15 +151,16 @@ TABLE["cdna3"] |= {
         256: _tiles(16, 64, 4, 1, DV_FIRST=False),  # .75, 309/0/1
     },
 }
-# float32 dots are made of FMAs: small tiles, so that neither registers nor the unrolled code explode. No spills on A100
-# (112 registers at D = 128, 255 at 256); at D = 128 on MI300X 32 x 32 would spill 550 registers in dkdv.
+# float32 dots are made of FMAs: small tiles, so that neither registers nor the unrolled code explode. No spills but 32
+# bytes in B200's forward at D = 256, 108 to 255 registers; at D = 128 on MI300X 32 x 32 would spill 550 in dkdv.
 for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
     _dims = (64, 256) if _arch == "cdna3" else (64, 128, 256)
     _backward = {64: _tiles(32, 32, 4, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 16, 4, 1)}
+    _dq = _tiles(16, 32, 8, 1) if _arch in ("hopper", "blackwell") else _backward[128]  # 32 x 32: 40 and 104 bytes
     TABLE[_arch] |= {
         "attention_forward/fp32": {64: _tiles(64, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 16, 4, 1)},
         "attention_dkdv/fp32": {D: _backward[D] | {"DV_FIRST": True} for D in _dims},
-        "attention_dq/fp32": {D: _backward[D] for D in _dims},
+        "attention_dq/fp32": {D: _dq if D == 128 else _backward[D] for D in _dims},
         "attention_delta": {
             64: dict(BLOCK_M=64, num_warps=4, num_stages=1),
             256: dict(BLOCK_M=16, num_warps=4, num_stages=1),
@@ -176,7 +177,8 @@ TABLE["interpreter"] |= {
 # Mixture of experts. 128x256 with 8 warps is bound by the tensor cores on A100, H100 and MI300X (1.00) and by shared
 # memory on B200 (.67); 128x128 stops at .8 on H100, 256x128 at .89. Nothing spills; A100 and H100 use 166 to 255
 # registers. Shared KB: A100 80 to 96, H100 and B200 144, MI300X 24 to 32. Sizes or strides that are no multiple of 16
-# make scalar loads, under which such a tile spills up to 4.8 KB a thread: they have a smaller one, which does not.
+# make scalar loads, under which such a tile spills up to 4.8 KB a thread: they have a smaller one, which does not (50
+# to 166 registers), nor does float32's (58 to 128).
 for _arch in ("ampere", "hopper", "blackwell", "cdna3"):
     _depth, _stages = (32, 2) if _arch == "cdna3" else (64, 3)
     TABLE[_arch] |= {

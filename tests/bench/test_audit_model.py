@@ -155,3 +155,12 @@ def test_quick_takes_every_case_on_one_machine_and_the_first_elsewhere():
     jobs = report.choose(["tests.bench.audit_kernels"], ["sm_80", "sm_90"], quick=True)
     assert [job.arch for job in jobs].count("sm_90") == 10
     assert [job.case_name for job in jobs if job.arch == "sm_80"] == ["sound"]
+
+
+def test_quick_leaves_out_what_only_the_full_audit_takes(monkeypatch):
+    found = {"slow": case(quick=False), "first": case(), "second": case()}
+    monkeypatch.setattr(report.runner, "cases", lambda source, arch: found)
+    chosen = {quick: [(job.arch, job.case_name) for job in report.choose(["file"], ["sm_80", "sm_90"], quick)]
+              for quick in (False, True)}  # fmt: skip
+    assert len(chosen[False]) == 6
+    assert chosen[True] == [("sm_80", "first"), ("sm_90", "first"), ("sm_90", "second")]
