@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 
 from tests.ranks import run_ranks
@@ -9,6 +11,12 @@ def pytest_addoption(parser):
         choices=["sm_80", "sm_90"],
         help="run only the tiny cases of the kernel parity table, compiled for this GPU, on the emulator",
     )
+
+
+def pytest_configure():
+    # A shell lets what it runs in the background ignore Ctrl-C, and the programs under test would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
