@@ -307,7 +307,7 @@ def sample(config: RunConfig, engine: Engine, tokenizer) -> str:
     """A piece of text by the trained model, after an end-of-text."""
     model = engine.chunks[0]
     assert isinstance(model, GPT)
-    tokens = generate(model, [tokenizer.eot_token], config.sample_tokens, temperature=0.8, seed=config.seed)
+    tokens = generate(model, [tokenizer.eot_token], config.sample_tokens, temperature=0.9, seed=config.seed)
     return "--- sample ---\n" + tokenizer.decode(list(tokens)) + "\n---"
 
 
