@@ -71,7 +71,9 @@ def draw(runs: dict[str, dict[str, list[tuple[int, float]]]]) -> Figure:
     """runs: {label: curves of read_log}. Loss on the left; what explains it on the right."""
     panels = [("grad_norm", "Gradient norm"), ("tokens_per_s", "Tokens per second"), ("lr", "Learning rate")]
     panels += [("aux_loss", "MoE balance loss")]
-    panels = [(field, title) for field, title in panels if any(field in curves for curves in runs.values())]
+    # A dense model's balance loss is 0 throughout, and is not drawn.
+    drawn = {field for curves in runs.values() for field, curve in curves.items() if any(value for _, value in curve)}
+    panels = [(field, title) for field, title in panels if field in drawn]
     colors = {label: SERIES[index % len(SERIES)] for index, label in enumerate(runs)}
     rows = max(2, len(panels))
     with matplotlib.rc_context(STYLE):

@@ -43,7 +43,7 @@ def test_every_curve_of_every_run_is_drawn(tmp_path):
 
 
 def test_panels_without_data_are_left_out(tmp_path):
-    curves = plot_run.read_log(write_log(tmp_path / "run.jsonl", grad_norm=None, tokens_per_s=None))
+    curves = plot_run.read_log(write_log(tmp_path / "run.jsonl", grad_norm=None, tokens_per_s=None, aux_loss=0.0))
     titles = [axis.get_title(loc="left") for axis in plot_run.draw({"run": curves}).axes]
     assert titles == ["Loss", "Learning rate"]
 
