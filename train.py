@@ -54,7 +54,7 @@ if fused.HAS_TRITON:
 def main(config: RunConfig) -> None:
     try:
         device = find_device(config)
-        backend = find_backend(config, device)
+        backend = config.backend_on(device.type)
         if device.type == "cpu":
             keep_freed_memory()
         kernels = fused.describe(device) if config.fused else "plain PyTorch ops"
@@ -73,7 +73,7 @@ def main(config: RunConfig) -> None:
         )
     except ValueError as error:
         refuse(error)
-    with process_groups(backend, config.replicas * config.pp * config.tp):
+    with process_groups(backend, config.num_ranks):
         run(config, device, kernels, train_data, val_data, resume_from)
 
 
@@ -118,15 +118,6 @@ def find_device(config: RunConfig) -> torch.device:
         raise ValueError(f"local rank {local_rank} has no GPU: this machine has {gpus}, and each rank needs its own")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def find_backend(config: RunConfig, device: torch.device) -> str:
-    """What carries the messages. ValueError if it cannot carry those of the schedule."""
-    backend = config.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
-    if backend == "nccl" and config.schedule == "interleaved" and config.pp == 2:
-        # Both ranks send activations to each other on one channel, and NCCL takes what a pair sends one at a time.
-        raise ValueError("--schedule interleaved with --pp 2 would block on nccl: use --pp 4 or --schedule 1f1b")
-    return backend
 
 
 def tune_kernels(config: RunConfig, mesh: Mesh) -> None:

@@ -206,10 +206,10 @@ def main() -> int:
     names = (args.variants or (GPU_VARIANTS if device.type == "cuda" else CPU_VARIANTS)).split(",")
     try:
         variants = [variant(name, base) for name in names]
+        backend = base.backend_on(device.type)
     except ValueError as error:
         parser.error(str(error))
-    backend = base.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
-    with process_groups(backend, base.replicas * base.pp * base.tp):
+    with process_groups(backend, base.num_ranks):
         return compare(base, variants, device, args)
 
 

@@ -92,6 +92,18 @@ class RunConfig:
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.model.block_size
 
+    @property
+    def num_ranks(self) -> int:
+        return self.replicas * self.pp * self.tp
+
+    def backend_on(self, device_type: str) -> str:
+        """What carries the messages of this run. ValueError if it cannot carry those of the schedule."""
+        backend = self.dist_backend or ("nccl" if device_type == "cuda" else "gloo")
+        if backend == "nccl" and self.schedule == "interleaved" and self.pp == 2:
+            # Both ranks send activations to each other on one channel, and NCCL takes what a pair sends one at a time.
+            raise ValueError("--schedule interleaved with --pp 2 would block on nccl: use --pp 3 or more, or 1f1b")
+        return backend
+
     def with_tokenizer(self, name: str) -> RunConfig:
         return replace(self, tokenizer=name, model=replace(self.model, vocab_size=VOCAB_SIZES[name]))
 
@@ -168,9 +180,8 @@ def check(config: RunConfig, world_size: int) -> None:
 
 def _check_ranges(config: RunConfig) -> None:
     at_least = {
-        1: ("batch_size", "grad_accum_steps", "max_iters", "eval_iters", "keep", "dp", "ep", "pp", "tp")
-        + ("virtual_stages",),
-        0: ("eval_interval", "warmup_iters", "weight_decay", "grad_clip", "save_interval", "sample_tokens"),
+        1: "batch_size grad_accum_steps max_iters eval_iters dp ep pp tp virtual_stages keep".split(),
+        0: "eval_interval warmup_iters weight_decay grad_clip save_interval sample_tokens".split(),
     }
     for low, names in at_least.items():
         for name in names:
@@ -206,11 +217,11 @@ def _check_model(model: ModelConfig) -> None:
 
 def _check_topology(config: RunConfig, world_size: int) -> None:
     model = config.model
-    ranks = config.dp * config.ep * config.pp * config.tp
-    if ranks != world_size:
+    if config.num_ranks != world_size:
         raise ValueError(
-            f"--dp {config.dp} x --ep {config.ep} x --pp {config.pp} x --tp {config.tp} = {ranks} ranks, but "
-            f"{world_size} process{'es' * (world_size > 1)} started: use torchrun --nproc_per_node={ranks}"
+            f"--dp {config.dp} x --ep {config.ep} x --pp {config.pp} x --tp {config.tp} = {config.num_ranks} ranks, "
+            f"but {world_size} process{'es' * (world_size > 1)} started: use torchrun "
+            f"--nproc_per_node={config.num_ranks}"
         )
     if model.n_head % config.tp:
         fitting = ", ".join(str(n) for n in range(1, model.n_head + 1) if model.n_head % n == 0)

@@ -165,6 +165,13 @@ def test_wrong_flags_are_refused_in_one_line_that_names_them(capsys, monkeypatch
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
+def test_a_schedule_that_nccl_cannot_carry_is_refused():
+    two, three = (parse_args(f"--pp {pp} --schedule interleaved --n_layer 6".split(), world_size=pp) for pp in (2, 3))
+    with pytest.raises(ValueError, match="--schedule interleaved with --pp 2 would block on nccl"):
+        two.backend_on("cuda")
+    assert (two.backend_on("cpu"), three.backend_on("cuda")) == ("gloo", "nccl")
+
+
 MESH = ("dp", "ep", "pp", "tp")
 
 
