@@ -47,7 +47,7 @@ format: $(VENV)/.installed-dev ## let ruff sort imports and lay out the code
 
 types: $(VENV)/.installed-dev ## the type check alone
 	@mkdir -p build/types/heiretsu
-	@for folder in kernels parallel model data bench; do ln -sfn "$(CURDIR)/$$folder" build/types/heiretsu/$$folder; done
+	@for folder in kernels parallel model data run bench; do ln -sfn "$(CURDIR)/$$folder" build/types/heiretsu/$$folder; done
 	$(BIN)/mypy -p heiretsu
 	$(BIN)/mypy $(filter-out setup.py,$(wildcard *.py))
 

@@ -1,4 +1,4 @@
-"""Imports go one way: train -> model -> parallel; kernels, parallel and data stand alone; bench and tests see all."""
+"""Imports go one way: train -> run -> model -> parallel; kernels, parallel and data stand alone; bench and tests see all."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("kernels", "parallel", "model", "data", "bench")
+FOLDERS = ("kernels", "parallel", "model", "data", "run", "bench")
 
 # Folder -> the folders of ours that its files may import from.
 MAY_IMPORT = {
@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "parallel": {"parallel"},
     "data": {"data"},
     "model": {"model", "parallel"},
+    "run": {"run", "data", "model", "parallel", "kernels"},
     "bench": set(FOLDERS),
 }
 SCRIPTS_MAY_IMPORT = set(FOLDERS) - {"bench"}
