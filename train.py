@@ -24,6 +24,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ def main(config: RunConfig) -> None:
         )
     except ValueError as error:
         refuse(error)
-    with process_groups(backend, config.num_ranks):
+    with process_groups(backend, config.num_ranks, timeout=timedelta(seconds=config.timeout)):
         run(config, device, kernels, train_data, val_data, resume_from)
 
 

@@ -18,6 +18,7 @@ from typing import Literal, NoReturn
 from heiretsu.model.config import PRESETS, ModelConfig, split_layers
 
 VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}
+_LONGEST_TIMEOUT_S = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class RunConfig:
     autotune: bool
     device: str
     dist_backend: str | None
+    timeout: float
     seed: int
     dp: int
     ep: int
@@ -190,6 +192,8 @@ def _check_ranges(config: RunConfig) -> None:
     for name in ("num_train_chunks", "num_val_chunks"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
+    if not 0 < config.timeout <= _LONGEST_TIMEOUT_S:
+        raise ValueError(f"--timeout {config.timeout} must be above 0, and at most {_LONGEST_TIMEOUT_S} seconds")
     if not config.learning_rate > 0:
         raise ValueError(f"--learning_rate {config.learning_rate} must be above 0")
     if not all(0 <= beta < 1 for beta in config.betas):
@@ -285,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--schedule", choices=schedules, default="1f1b", help="order of work in the pipeline")
     add("--virtual_stages", type=int, default=2, help="stages that a rank runs with --schedule interleaved")
     add("--dist_backend", choices=("nccl", "gloo"), help="default: nccl on CUDA, gloo elsewhere")
+    add("--timeout", type=float, default=600.0, help="seconds that a rank may wait for the others before the run ends")
 
     add = parser.add_argument_group("device and precision").add_argument
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
