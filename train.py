@@ -185,7 +185,8 @@ def train(
             seconds = time.perf_counter() - began
             last = step + 1 == config.max_iters
             record = {"step": step, "loss": report.loss, "aux_loss": report.aux_loss, "grad_norm": report.grad_norm}
-            record |= {"lr": lr, "tokens_per_s": config.tokens_per_step / seconds}
+            record |= {"lr": lr, "skipped": report.skipped, "loss_scale": report.loss_scale}
+            record["tokens_per_s"] = config.tokens_per_step / seconds
             if config.eval_interval and ((step + 1) % config.eval_interval == 0 or last):
                 record |= evaluate(config, mesh, engine, val_data)
             log.write(record, report)

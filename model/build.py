@@ -17,7 +17,7 @@ from heiretsu.parallel.placement import placement_table
 from heiretsu.parallel.schedules import SCHEDULES
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FP16_SCALE, FP16_GROWTH = 2.0**16, 2000  # torch.amp.GradScaler's
+FP16_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
 
 
 def build_engine(config: RunConfig, mesh: Mesh, ops: ModuleType) -> Engine:
@@ -25,6 +25,7 @@ def build_engine(config: RunConfig, mesh: Mesh, ops: ModuleType) -> Engine:
     dtype = getattr(torch, config.dtype)
     compute_dtype = COMPUTE_DTYPES.get(config.amp, dtype)
     num_chunks = config.chunks_per_stage
+    loss_scale = config.loss_scale or (FP16_LOSS_SCALE if config.amp == "fp16" else None)
     chunks = build_stages(config.model, mesh, ops, dtype, compute_dtype, config.seed, num_chunks)
     engine = Engine(
         chunks,
@@ -34,7 +35,7 @@ def build_engine(config: RunConfig, mesh: Mesh, ops: ModuleType) -> Engine:
         num_microbatches=config.grad_accum_steps,
         schedule=SCHEDULES[config.schedule](mesh.pp.size, config.grad_accum_steps, num_chunks),
         grad_clip=config.grad_clip,
-        scaler=LossScaler(FP16_SCALE, FP16_GROWTH) if config.amp == "fp16" else None,
+        scaler=LossScaler(loss_scale, config.loss_scale_window) if loss_scale else None,
     )
     for chunk in chunks:
         initialise(chunk, engine.table, config.seed)

@@ -53,7 +53,7 @@ class ModelConfig:
 
     @property
     def head_macs(self) -> int:
-        return self.padded_vocab_size * self.n_embed
+        return self.vocab_size * self.n_embed  # padding gets no logit
 
     @property
     def flops_per_token(self) -> int:

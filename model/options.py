@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -47,6 +48,8 @@ class RunConfig:
     betas: tuple[float, float]
     grad_clip: float
     amp: str
+    loss_scale: float | None
+    loss_scale_window: int
     dtype: str
     compile: bool
     fused: bool
@@ -182,7 +185,7 @@ def check(config: RunConfig, world_size: int) -> None:
 
 def _check_ranges(config: RunConfig) -> None:
     at_least = {
-        1: "batch_size grad_accum_steps max_iters eval_iters dp ep pp tp virtual_stages keep".split(),
+        1: "batch_size grad_accum_steps max_iters eval_iters dp ep pp tp virtual_stages keep loss_scale_window".split(),
         0: "eval_interval warmup_iters weight_decay grad_clip save_interval sample_tokens".split(),
     }
     for low, names in at_least.items():
@@ -194,6 +197,8 @@ def _check_ranges(config: RunConfig) -> None:
             raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
     if not 0 < config.timeout <= _LONGEST_TIMEOUT_S:
         raise ValueError(f"--timeout {config.timeout} must be above 0, and at most {_LONGEST_TIMEOUT_S} seconds")
+    if config.loss_scale is not None and not 1 <= config.loss_scale < math.inf:
+        raise ValueError(f"--loss_scale {config.loss_scale} must be a number of at least 1")
     if not config.learning_rate > 0:
         raise ValueError(f"--learning_rate {config.learning_rate} must be above 0")
     if not all(0 <= beta < 1 for beta in config.betas):
@@ -294,6 +299,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("device and precision").add_argument
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--amp", choices=("none", "fp16", "bf16"), default="none", help="precision of the activations")
+    add(
+        "--loss_scale",
+        type=float,
+        help="dynamic loss scale, to begin with; default: 65536 with --amp fp16, else none",
+    )
+    add("--loss_scale_window", type=int, default=2000, help="good steps in a row after which the loss scale doubles")
     add("--dtype", choices=("float32", "float64"), default="float32", help="precision of the parameters")
     add("--fused", action="store_true", help="run the fused kernels instead of plain PyTorch")
     add(

@@ -24,13 +24,15 @@ class StepReport:
     """A step, seen alike by every rank. Means over the global batch; expert_load is None without experts.
 
     loss: cross-entropy, in nats. aux_loss: balance loss, mean over the MoE layers. grad_norm: before clipping, NaN
-    when a gradient was not finite; the step was then skipped. expert_load: (MoE layers, E) tokens of the global batch.
+    when a gradient was not finite; the step was then skipped. loss_scale: of this step's backward. expert_load: (MoE
+    layers, E) tokens of the global batch.
     """
 
     loss: float
     aux_loss: float
     grad_norm: float
     skipped: bool
+    loss_scale: float = 1.0
     expert_load: torch.Tensor | None = None
 
 
@@ -83,14 +85,15 @@ class Engine:
     def step(self, batches: Sequence[Microbatch]) -> StepReport:
         """One optimizer step on this rank's microbatches of the global batch."""
         totals = self.accumulate(batches)
+        scale = self.scaler.scale
         with region("optimizer"):
-            norm = gradient_norm(self.grads, self.table, self.mesh).item() / self.scaler.scale
+            norm = gradient_norm(self.grads, self.table, self.mesh).item() / scale
             skipped = not math.isfinite(norm)
             if not skipped:
                 self._apply(norm)
         self.scaler.update(skipped)
         loss, aux_loss, expert_load = self._means(totals, len(batches))
-        return StepReport(loss, aux_loss, norm, skipped, expert_load)
+        return StepReport(loss, aux_loss, norm, skipped, scale, expert_load)
 
     def _apply(self, norm: float) -> None:
         factor = min(1.0, self.grad_clip / (norm + 1e-6)) if self.grad_clip > 0 else 1.0

@@ -14,7 +14,7 @@ def steps_said(seconds_per_step, max_iters, monkeypatch, capsys, skipped=()) -> 
     log = run_log.RunLog(parse_args(["--max_iters", str(max_iters)], world_size=1), abstract_mesh())
     for step in range(min(200, max_iters)):
         now += seconds_per_step
-        report = StepReport(2.0, 0.0, 1.0, step in skipped, None)
+        report = StepReport(2.0, 0.0, 1.0, step in skipped)
         log.write({"step": step, "loss": 2.0, "tokens_per_s": 1.0}, report)
     return [int(line.split("/")[0].removeprefix("step")) for line in capsys.readouterr().out.splitlines()]
 
