@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from heiretsu.parallel.collectives import all_reduce
+from heiretsu.parallel.collectives import sum_numbers
 from heiretsu.parallel.data import BUCKET_BYTES, GradientAverager
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.optimizer import LossScaler, gradient_norm
@@ -87,7 +87,7 @@ class Engine:
         totals = self.accumulate(batches)
         scale = self.scaler.scale
         with region("optimizer"):
-            norm = gradient_norm(self.grads, self.table, self.mesh).item() / scale
+            norm = gradient_norm(self.grads, self.table, self.mesh) / scale
             skipped = not math.isfinite(norm)
             if not skipped:
                 self._apply(norm)
@@ -117,9 +117,18 @@ class Engine:
 
     def _means(self, totals: Totals, num_microbatches: int) -> tuple[float, float, torch.Tensor | None]:
         """Global mean loss, balance loss and expert loads, from every stage of every replica; tp ranks hold copies."""
-        means = torch.stack([totals.loss, totals.aux_loss]) / (num_microbatches * self.mesh.replica.size)
+        sums = [
+            _sum(losses) / (num_microbatches * self.mesh.replica.size) for losses in (totals.losses, totals.aux_losses)
+        ]
         loads = totals.expert_load
-        mine = means if loads is None else torch.cat([means, loads.flatten().double()])
-        mine = mine * float(self.mesh.tp.index == 0)
-        loss, aux_loss, *counts = all_reduce(mine, self.mesh.world).tolist()
-        return loss, aux_loss, None if loads is None else torch.tensor(counts).view_as(loads).long()
+        mine = sums if loads is None else [*sums, *loads.flatten().tolist()]
+        mine = mine if self.mesh.tp.index == 0 else [0.0] * len(mine)
+        loss, aux_loss, *counts = sum_numbers(mine, self.mesh.world, self.mesh.device)
+        if loads is None:
+            return loss, aux_loss, None
+        return loss, aux_loss, torch.tensor(counts, dtype=torch.long, device="cpu").view_as(loads)
+
+
+def _sum(scalars: Sequence[torch.Tensor]) -> float:
+    """Their sum in float64: the only place where a step waits for the losses."""
+    return sum(torch.stack(list(scalars)).tolist()) if scalars else 0.0

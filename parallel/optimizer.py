@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from heiretsu.parallel.collectives import all_reduce
+from heiretsu.parallel.collectives import sum_numbers
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.placement import Table
+
+PIECE = 1024  # elements whose squares are added up in one go
 
 
 @dataclass
@@ -35,22 +37,30 @@ class LossScaler:
             self.scale, self.good_steps = self.scale * 2, 0
 
 
-def gradient_norm(grads: dict[str, torch.Tensor], table: Table, mesh: Mesh) -> torch.Tensor:
-    """The 2-norm of the whole model's gradient, a float64 scalar, equal on every rank.
+def gradient_norm(grads: dict[str, torch.Tensor], table: Table, mesh: Mesh) -> float:
+    """The 2-norm of the whole model's gradient, equal on every rank.
 
-    Each element counts once, on the rank that the table calls its owner; NaN or inf anywhere makes it non-finite
-    everywhere.
+    Each element counts once, on the rank that the table calls its owner; NaN or inf anywhere, or a square that
+    overflows, makes it NaN everywhere.
     """
-    squares = torch.zeros(
-        2, dtype=torch.float64, device=mesh.device
-    )  # sum of owned squares, non-finite values anywhere
-    for name, grad in grads.items():
-        square = torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2
-        if table[name].is_owner:
-            squares[0] += square
-        squares[1] += (~square.isfinite()).double()
-    squares = all_reduce(squares, mesh.world)
-    return torch.where(squares[1] > 0, math.nan, squares[0].sqrt())
+    norms = torch.stack([two_norm(grad) for grad in grads.values()]).tolist()
+    owned = sum(norm * norm for name, norm in zip(grads, norms, strict=True) if table[name].is_owner)
+    bad = float(sum(not math.isfinite(norm) for norm in norms))
+    total, bad = sum_numbers([owned, bad], mesh.world, mesh.device)
+    return math.nan if bad else math.sqrt(total)
+
+
+def two_norm(x: torch.Tensor) -> torch.Tensor:
+    """The 2-norm of x, a scalar in its dtype: of the norms of pieces, so that no sum in float32 is long.
+
+    A CPU's vector_norm of 40 million float32 is off by up to 2%, and one that casts to float64 takes 18 times as long.
+    """
+    x = x.flatten()
+    if len(x) <= PIECE:
+        return torch.linalg.vector_norm(x)
+    whole, rest = x[: len(x) - len(x) % PIECE], x[len(x) - len(x) % PIECE :]
+    norms = torch.linalg.vector_norm(whole.view(-1, PIECE), dim=1)
+    return two_norm(torch.cat([norms, torch.linalg.vector_norm(rest)[None]]))
 
 
 def optimizer_groups(params: dict[str, torch.nn.Parameter], table: Table, weight_decay: float) -> list[dict]:

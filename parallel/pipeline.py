@@ -10,7 +10,7 @@ come up on pp_back, so each pair of ranks has one ordered channel for each direc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -54,16 +54,17 @@ class StageOutput:
 
 @dataclass
 class Totals:
-    """Sums over the microbatches that this rank ran: float64 scalars on the device, and expert loads."""
+    """What the microbatches that this rank ran gave: their losses, scalars still on the device, so that nothing waits
+    for it; and the sum of their expert loads."""
 
-    loss: torch.Tensor
-    aux_loss: torch.Tensor
+    losses: list[torch.Tensor] = field(default_factory=list)
+    aux_losses: list[torch.Tensor] = field(default_factory=list)
     expert_load: torch.Tensor | None = None
 
     def add(self, out: StageOutput) -> None:
         if out.loss is not None:
-            self.loss = self.loss + out.loss.detach().double()
-        self.aux_loss = self.aux_loss + out.aux_loss.detach().double()
+            self.losses.append(out.loss.detach())
+        self.aux_losses.append(out.aux_loss.detach())
         if out.expert_load is not None:
             self.expert_load = out.expert_load + (0 if self.expert_load is None else self.expert_load)
 
@@ -112,8 +113,7 @@ def run_schedule(
 
     chunks: this rank's stages, chunk c being virtual stage c * pp + rank. batches: one for each microbatch.
     """
-    zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    totals, sends = Totals(zero, zero), _Sends()
+    totals, sends = Totals(), _Sends()
     flights: dict[tuple[int, int], _InFlight] = {}  # (microbatch, chunk)
     last_virtual = len(chunks) * mesh.pp.size - 1
 
