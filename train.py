@@ -47,6 +47,8 @@ from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
 from heiretsu.parallel.pipeline import Microbatch
 from heiretsu.parallel.profiling import StepProfiler
+from heiretsu.run.hosts import gather_hosts, placed_rank
+from heiretsu.run.interfaces import use_interface
 
 if fused.HAS_TRITON:
     from heiretsu.kernels import autotune, launch
@@ -72,9 +74,11 @@ def main(config: RunConfig) -> None:
             config.tokenizer,
             config.vocab_dir,
         )
+        use_interface(backend, os.environ)
     except ValueError as error:
         refuse(error)
-    with process_groups(backend, config.num_ranks, timeout=timedelta(seconds=config.timeout)):
+    rank, timeout = placed_rank(os.environ, config.ep, config.pp, config.tp), timedelta(seconds=config.timeout)
+    with process_groups(backend, config.num_ranks, rank=rank, timeout=timeout):
         run(config, device, kernels, train_data, val_data, resume_from)
 
 
@@ -91,8 +95,9 @@ def run(
     if config.autotune:
         tune_kernels(config, mesh)
     engine = build_engine(config, mesh, fused if config.fused else plain)
+    hosts = gather_hosts(mesh)
     if mesh.rank == 0:
-        print(describe(config, mesh, train_data, kernels), flush=True)
+        print(describe(config, mesh, train_data, kernels), *hosts.describe(), sep="\n", flush=True)
     first_step = restore(config, engine, resume_from)
     train(config, mesh, engine, train_data, val_data, first_step)
 

@@ -141,9 +141,10 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int | None = None)
 
 
 def refuse(why: object) -> NoReturn:
-    """End this process with status 2 and one line, which rank 0 prints; it says the same on every rank."""
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(2)  # torchrun ends all ranks when one has ended: rank 0's line must be out first
+    """End this process with status 2 and one line, which the first rank of each host prints: what it refuses may be
+    wrong on one of them alone."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(2)  # torchrun ends all ranks when one has ended: the line must be out first
     else:
         print(f"train.py: error: {why}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -1,0 +1,194 @@
+"""torchrun on one of several nodes, after they have all met; what keeps them apart is one line, within --wait_s.
+
+    python -m heiretsu.run.launch --nnodes=2 --node_rank=0 --master_addr=alder --nproc_per_node=8 train.py --dp 16
+
+on every node, with its own --node_rank. The flags are torchrun's. Before torchrun starts, node 0 listens at
+--master_addr and --master_port until every node has called in with its name, and then tells all of them how it went. A
+node that cannot be reached, does not come, has another's rank or would offer the others its loopback address thus ends
+the start everywhere, with its name. torchrun would wait for it for minutes, and end in a traceback. The meeting also
+finds the interface for GLOO_SOCKET_IFNAME, where the name of a host does not say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import socket
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+
+from heiretsu.run.interfaces import addresses_of, find_interface, interfaces, is_loopback
+
+PROGRAM = "heiretsu.run.launch"
+WAIT_S = 300.0  # a container's image may have to be fetched on one node
+RETRY_S = 0.2
+TORCHRUNS_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of the launch. problem: why it cannot take part, in one line."""
+
+    rank: int
+    name: str
+    problem: str | None = None
+
+
+@dataclass
+class Meeting:
+    """What all nodes know after it: in one line what went wrong, and which nodes did not come."""
+
+    problem: str | None = None
+    missing: list[int] = field(default_factory=list)
+
+
+def meet(nnodes: int, rank: int, address: str, port: int, wait_s: float = WAIT_S) -> Meeting:
+    """Node `rank` meets the others at node 0, which is at address:port. All nodes call it.
+
+    Sets GLOO_SOCKET_IFNAME for this process and its children if gloo must be told. ValueError, in one line, where this
+    node finds none of the others; they then miss it after wait_s.
+    """
+    deadline = time.monotonic() + wait_s
+    if rank:
+        return _call(rank, address, port, deadline)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listen(address, port))
+        connections: list[socket.socket] = []
+        meeting = _gather(listener, nnodes, deadline, connections, stack)
+        if meeting.problem is None:
+            try:
+                _tell_gloo(connections[0].getpeername()[0].removeprefix("::ffff:"))
+            except ValueError as error:
+                meeting.problem = str(error)
+        elif meeting.missing:
+            meeting.problem += f" at {address}:{port} in {wait_s:g} s"
+        listener.close()  # before the others hear: their torchrun comes to this very port
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.sendall(json.dumps(asdict(meeting)).encode() + b"\n")
+    return meeting
+
+
+def _gather(
+    listener: socket.socket, nnodes: int, deadline: float, connections: list[socket.socket], stack: contextlib.ExitStack
+) -> Meeting:
+    """Wait until every node has called in, the first has a problem, or time is up. Fills connections."""
+    names = {0: socket.gethostname()}
+    while len(names) < nnodes:
+        try:
+            listener.settimeout(max(0.01, deadline - time.monotonic()))
+            connection = stack.enter_context(listener.accept()[0])
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            node = Node(**json.loads(connection.makefile().readline()))
+        except TimeoutError:
+            there = ", ".join(f"node {rank} is {name}" for rank, name in sorted(names.items()))
+            missing = [rank for rank in range(nnodes) if rank not in names]
+            listed = ", ".join(map(str, missing))
+            problem = f"node{'s' * (len(missing) > 1)} {listed} of {nnodes} ({there}) did not call in"
+            return Meeting(missing=missing, problem=problem)
+        except (ValueError, TypeError, OSError):
+            continue  # not one of ours: a port is open to all
+        connections.append(connection)
+        if not 0 <= node.rank < nnodes:
+            return Meeting(problem=f"host {node.name} has --node_rank {node.rank}: of {nnodes} it is 0 to {nnodes - 1}")
+        if node.rank in names:
+            return Meeting(problem=f"hosts {names[node.rank]} and {node.name} both have --node_rank {node.rank}")
+        if node.problem is not None:
+            return Meeting(problem=node.problem)
+        names[node.rank] = node.name
+    return Meeting()
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    here = socket.gethostname()
+    known = addresses_of(address)
+    if not known:
+        raise ValueError(f"host {here}: --master_addr {address} resolves to nothing here")
+    own = {one for found in interfaces().values() for one in found}
+    if not any(is_loopback(one) or one in own for one in known):
+        raise ValueError(
+            f"host {here} has --node_rank 0, but --master_addr {address} ({known[0]}) is not it: node 0 must run there"
+        )
+    family = socket.AF_INET6 if socket.has_ipv6 and ":" in known[0] else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("", port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise ValueError(f"host {here}: port {port} is taken: choose another with --master_port") from None
+    return listener
+
+
+def _call(rank: int, address: str, port: int, deadline: float) -> Meeting:
+    here = socket.gethostname()
+    known = addresses_of(address)
+    if known and is_loopback(known[0]):
+        raise ValueError(
+            f"host {here}: --master_addr {address} resolves to {known[0]}, which is {here} itself, not node 0: give an "
+            f"address by which node 0 is reached from here, or mend /etc/hosts"
+        )
+    problem = None
+    try:
+        _tell_gloo(address)
+    except ValueError as error:
+        problem = str(error)
+    why = f"the name {address} resolves to nothing"
+    began = time.monotonic()
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((address, port), timeout=left) as connection:
+                connection.sendall(json.dumps(asdict(Node(rank, here, problem))).encode() + b"\n")
+                # Node 0 waits as long as we do, and may have begun later.
+                connection.settimeout(2 * left + 5)
+                answer = connection.makefile().readline()
+                if answer:
+                    return Meeting(**json.loads(answer))
+                why = "it hung up"
+        except TimeoutError:
+            why = "no answer: is it down, or the cable, or a firewall between?"
+        except OSError as error:
+            why = error.strerror or str(error)
+        except (ValueError, TypeError):
+            why = "something else than node 0 answers there"
+        time.sleep(min(RETRY_S, max(0.0, left)))
+    waited = time.monotonic() - began
+    raise ValueError(f"host {here}: node 0 not reached at {address}:{port} in {waited:.0f} s ({why})")
+
+
+def _tell_gloo(route_to: str | None) -> None:
+    interface = find_interface(os.environ, route_to)
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        print(f"{PROGRAM}: host {socket.gethostname()}: gloo uses {interface}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    own = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", add_help=False, allow_abbrev=False)
+    own.add_argument("--wait_s", type=float, default=WAIT_S)
+    given, rest = own.parse_known_args(argv)
+    from torch.distributed.run import get_args_parser, run  # slow, and wrong flags are refused above
+
+    args = get_args_parser().parse_args(rest)
+    nnodes = int(str(args.nnodes).rpartition(":")[2])
+    if nnodes > 1:
+        try:
+            address, port = args.master_addr.strip("[]"), args.master_port or TORCHRUNS_PORT
+            problem = meet(nnodes, args.node_rank, address, port, given.wait_s).problem
+        except ValueError as error:
+            problem = str(error)
+        if problem is not None:
+            print(f"{PROGRAM}: error: {problem}", file=sys.stderr, flush=True)
+            sys.exit(2)
+    run(args)
+
+
+if __name__ == "__main__":
+    main()
