@@ -1,4 +1,4 @@
-"""Imports go one way: train -> run -> model -> parallel; kernels, parallel and data stand alone; bench and tests see all."""
+"""Imports go one way: train -> run -> model -> parallel; kernels, parallel, data stand alone; bench, tests see all."""
 
 import ast
 from pathlib import Path
