@@ -275,8 +275,8 @@ def describe(config: RunConfig, mesh: Mesh, data: TokenDataset, kernels: str) ->
     if model.num_experts:
         experts = f", {model.num_experts} experts, top {model.top_k}, every {model.moe_freq} layers"
     schedule = f", {config.schedule} over {config.grad_accum_steps} microbatches" if config.pp > 1 else ""
-    if config.chunks_per_stage > 1:
-        schedule += f", {config.chunks_per_stage} stages a rank"
+    if config.stages_per_rank > 1:
+        schedule += f", {config.stages_per_rank} stages a rank"
     lines = [
         f"config: {config.to_json()}",
         f"model: {count_parameters(model):,} parameters, {model.n_layer} layers, {model.n_head} heads, "
@@ -303,7 +303,7 @@ def find_tokenizer(config: RunConfig, mesh: Mesh):
 
 def sample(config: RunConfig, engine: Engine, tokenizer) -> str:
     """A piece of text by the trained model, after an end-of-text."""
-    model = engine.chunks[0]
+    model = engine.stages[0]
     assert isinstance(model, GPT)
     tokens = generate(model, [tokenizer.eot_token], config.sample_tokens, temperature=0.9, seed=config.seed)
     return "--- sample ---\n" + tokenizer.decode(list(tokens)) + "\n---"

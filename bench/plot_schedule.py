@@ -3,8 +3,8 @@
     python bench/plot_schedule.py --schedule 1f1b --pp 4 --micro_batches 8 --out timeline.png
     python bench/plot_schedule.py --schedule gpipe 1f1b zero-bubble --pp 4 --micro_batches 8
 
-Several schedules are drawn below each other to one scale. Costs are those of a whole stage, so that schedules with
-several chunks a stage do the same work as the others.
+Several schedules are drawn below each other to one scale. Costs are those of all of a rank's stages, so that
+schedules with several stages a rank do the same work as the others.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 
 try:
-    from heiretsu.parallel.schedules import SCHEDULES, Kind, Timeline, draw, lower, simulate, validate
+    from heiretsu.parallel.schedules import SCHEDULES, Timeline, draw, lower, simulate, validate
+    from heiretsu.parallel.schedules.actions import Kind
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing}: run `pip install -e .` in the repository, or `make install`") from None
 
-# Blue forwards, warm backwards; a darker shade for each later chunk. Distinct in grey and to the colour-blind.
+# Blue forwards, warm backwards; darker for each later stage of a rank. Distinct in grey and to the colour-blind.
 COLOURS = {
     Kind.FORWARD: ("#a9cbe8", "#6fa3d0", "#427fb3", "#225c8d"),
     Kind.BACKWARD: ("#f3c08b", "#e39a54", "#c97828", "#9c5712"),
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, timeline in timelines.items():
         print(f"{name}, pp={args.pp}, {args.micro_batches} microbatches\n{draw(timeline)}\n")
     if args.out:
-        costs = f"time (a stage's forward takes {args.forward_cost:g}, its backward {args.backward_cost:g})"
+        costs = f"time (a rank's forward takes {args.forward_cost:g}, its backward {args.backward_cost:g})"
         plot(timelines, args.out, costs)
         print(f"wrote {args.out}")
 
@@ -45,15 +46,15 @@ def main(argv: list[str] | None = None) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw pipeline schedules.")
     parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=["1f1b"])
-    parser.add_argument("--pp", type=int, default=4, help="stages")
+    parser.add_argument("--pp", type=int, default=4, help="ranks")
     parser.add_argument("--micro_batches", type=int, default=8)
-    parser.add_argument("--chunks", type=int, default=2, help="chunks a stage, for the interleaved schedule")
-    parser.add_argument("--forward_cost", type=float, default=1.0, help="of one microbatch through one stage")
+    parser.add_argument("--virtual_stages", type=int, default=2, help="stages of a rank, for the interleaved schedule")
+    parser.add_argument("--forward_cost", type=float, default=1.0, help="of one microbatch through one rank")
     parser.add_argument("--backward_cost", type=float, default=2.0)
     parser.add_argument("--comm_cost", type=float, default=0.0, help="of one message")
     parser.add_argument("--out", help="PNG file; without it, text only")
     args = parser.parse_args(argv)
-    for flag in ("pp", "micro_batches", "chunks"):
+    for flag in ("pp", "micro_batches", "virtual_stages"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} must be at least 1")
     for flag in ("forward_cost", "backward_cost"):
@@ -63,14 +64,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(name: str, args: argparse.Namespace) -> Timeline:
-    chunks = args.chunks if name == "interleaved" else 1
-    program = lower(SCHEDULES[name](args.pp, args.micro_batches, chunks))
+    stages = args.virtual_stages if SCHEDULES[name].several_stages else 1
+    program = lower(SCHEDULES[name](args.pp, args.micro_batches, stages))
     validate(program)
-    return simulate(program, args.forward_cost / chunks, args.backward_cost / chunks, args.comm_cost)
+    return simulate(program, args.forward_cost / stages, args.backward_cost / stages, args.comm_cost)
 
 
 def plot(timelines: dict[str, Timeline], out: str, xlabel: str) -> None:
-    """Write the PNG: a panel for each schedule, a row for each stage, the number of the microbatch in each action."""
+    """Write the PNG: a panel for each schedule, a row for each rank, the number of the microbatch in each action."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -80,25 +81,25 @@ def plot(timelines: dict[str, Timeline], out: str, xlabel: str) -> None:
     from matplotlib.patches import Patch
 
     longest = max(timeline.makespan for timeline in timelines.values())
-    stages = max(len(timeline.spans) for timeline in timelines.values())
-    height = (0.42 * stages + 0.55) * len(timelines) + 0.75
+    ranks = max(len(timeline.spans) for timeline in timelines.values())
+    height = (0.42 * ranks + 0.55) * len(timelines) + 0.75
     figure, panels = plt.subplots(len(timelines), 1, figsize=(12, height), squeeze=False, sharex=True)
     used: set[Kind] = set()
     for panel, (name, timeline) in zip(panels[:, 0], timelines.items(), strict=True):
-        for stage, spans in enumerate(timeline.spans):
+        for rank, spans in enumerate(timeline.spans):
             for action, start, end in spans:
                 shades = COLOURS[action.kind]
                 used.add(action.kind)
-                colour = shades[min(action.chunk, len(shades) - 1)]
-                panel.barh(stage, end - start, left=start, height=0.86, color=colour, edgecolor="white", linewidth=0.8)
-                dark = action.chunk >= 2
+                nth = action.stage // len(timeline.spans)
+                colour = shades[min(nth, len(shades) - 1)]
+                panel.barh(rank, end - start, left=start, height=0.86, color=colour, edgecolor="white", linewidth=0.8)
+                dark = nth >= 2
                 label = dict(ha="center", va="center", fontsize=8, color="white" if dark else "#222222")
-                panel.text((start + end) / 2, stage, str(action.microbatch), **label)
-        chunks = 1 + max(span.action.chunk for span in timeline.spans[0])
-        held = f"{max(timeline.peak_activations) / chunks:g} microbatches' activations held"
+                panel.text((start + end) / 2, rank, str(action.microbatch), **label)
+        held = f"{max(timeline.peak_activations) / timeline.stages_per_rank:g} microbatches' activations held"
         panel.set_title(f"{name}: bubble {timeline.bubble:.1%}, at most {held}", loc="left", fontsize=10)
-        panel.set_yticks(range(stages), [f"stage {stage}" for stage in range(stages)], fontsize=8)
-        panel.set_ylim(stages - 0.5, -0.5)
+        panel.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)], fontsize=8)
+        panel.set_ylim(ranks - 0.5, -0.5)
         panel.set_xlim(0, longest)
         panel.set_facecolor("#f4f4f4")
         panel.tick_params(length=0)

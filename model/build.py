@@ -24,23 +24,23 @@ def build_engine(config: RunConfig, mesh: Mesh, ops: ModuleType) -> Engine:
     """The run's engine on this rank: initialised stages and AdamW. ops: heiretsu.kernels.plain or .fused."""
     dtype = getattr(torch, config.dtype)
     compute_dtype = COMPUTE_DTYPES.get(config.amp, dtype)
-    num_chunks = config.chunks_per_stage
     loss_scale = config.loss_scale or (FP16_LOSS_SCALE if config.amp == "fp16" else None)
-    chunks = build_stages(config.model, mesh, ops, dtype, compute_dtype, config.seed, num_chunks)
+    stages_per_rank = config.stages_per_rank
+    stages = build_stages(config.model, mesh, ops, dtype, compute_dtype, config.seed, stages_per_rank)
     engine = Engine(
-        chunks,
+        stages,
         mesh,
         hidden_size=config.model.n_embed,
         hidden_dtype=compute_dtype,
         num_microbatches=config.grad_accum_steps,
-        schedule=SCHEDULES[config.schedule](mesh.pp.size, config.grad_accum_steps, num_chunks),
+        schedule=SCHEDULES[config.schedule](mesh.pp.size, config.grad_accum_steps, stages_per_rank),
         grad_clip=config.grad_clip,
         scaler=LossScaler(loss_scale, config.loss_scale_window) if loss_scale else None,
     )
-    for chunk in chunks:
-        initialise(chunk, engine.table, config.seed)
+    for stage in stages:
+        initialise(stage, engine.table, config.seed)
         if config.compile:
-            for block in chunk.blocks.values():
+            for block in stage.blocks.values():
                 block.compile()
     groups = optimizer_groups(engine.params, engine.table, config.weight_decay)
     engine.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)

@@ -71,16 +71,16 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-def split_layers(config: ModelConfig, num_ranks: int, virtual_stages: int = 1) -> list[range]:
-    """Contiguous layers for each of num_ranks * virtual_stages pipeline stages, such that the costliest stage is as
+def split_layers(config: ModelConfig, num_ranks: int, stages_per_rank: int = 1) -> list[range]:
+    """Contiguous layers for each of num_ranks * stages_per_rank pipeline stages, such that the costliest stage is as
     cheap as can be.
 
     Each stage has a layer at least; the last one also pays for the head. Raises ValueError with fewer layers than
     stages.
     """
-    num_stages = num_ranks * virtual_stages
+    num_stages = num_ranks * stages_per_rank
     if num_stages > config.n_layer:
-        asked = f"--pp {num_ranks}" + (f" x --virtual_stages {virtual_stages}" if virtual_stages > 1 else "")
+        asked = f"--pp {num_ranks}" + (f" x --virtual_stages {stages_per_rank}" if stages_per_rank > 1 else "")
         raise ValueError(f"{asked} stages need at least as many layers, but --n_layer is {config.n_layer}")
     costs = [config.layer_macs(layer) for layer in range(config.n_layer)]
 

@@ -188,9 +188,14 @@ class PositionEmbedding(nn.Module):
 
 
 def build_stages(
-    config: ModelConfig, mesh: Mesh, ops, dtype: torch.dtype, compute_dtype: torch.dtype, seed: int, num_chunks: int = 1
+    config: ModelConfig,
+    mesh: Mesh,
+    ops,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    seed: int,
+    stages_per_rank: int = 1,
 ) -> list[GPT]:
-    """This rank's stages of the model: chunk c is virtual stage c * pp + pp_rank of num_chunks * pp."""
-    layers = split_layers(config, mesh.pp.size, num_chunks)
-    mine = [layers[chunk * mesh.pp.size + mesh.pp.index] for chunk in range(num_chunks)]
-    return [GPT(config, mesh, ops, part, dtype, compute_dtype, seed) for part in mine]
+    """This rank's stages of the model: every pp-th of the pp * stages_per_rank, from stage pp_rank on."""
+    stages = split_layers(config, mesh.pp.size, stages_per_rank)[mesh.pp.index :: mesh.pp.size]
+    return [GPT(config, mesh, ops, layers, dtype, compute_dtype, seed) for layers in stages]

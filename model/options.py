@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal, NoReturn
 
 from heiretsu.model.config import PRESETS, ModelConfig, split_layers
+from heiretsu.parallel.schedules import SCHEDULES
 
 VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}
 _LONGEST_TIMEOUT_S = 7 * 24 * 3600
@@ -84,9 +85,9 @@ class RunConfig:
         return self.dp * self.ep
 
     @property
-    def chunks_per_stage(self) -> int:
-        """Pieces of the model that a pipeline rank runs: chunk c of rank s is piece c * pp + s of them all."""
-        return self.virtual_stages if self.schedule == "interleaved" else 1
+    def stages_per_rank(self) -> int:
+        """Stages of the model that a rank of the pipeline runs: the i-th of rank r is stage i * pp + r of them all."""
+        return self.virtual_stages if SCHEDULES[self.schedule].several_stages else 1
 
     @property
     def global_batch_size(self) -> int:
@@ -104,9 +105,9 @@ class RunConfig:
     def backend_on(self, device_type: str) -> str:
         """What carries the messages of this run. ValueError if it cannot carry those of the schedule."""
         backend = self.dist_backend or ("nccl" if device_type == "cuda" else "gloo")
-        if backend == "nccl" and self.schedule == "interleaved" and self.pp == 2:
+        if backend == "nccl" and self.stages_per_rank > 1 and self.pp == 2:
             # Both ranks send activations to each other on one channel, and NCCL takes what a pair sends one at a time.
-            raise ValueError("--schedule interleaved with --pp 2 would block on nccl: use --pp 3 or more, or 1f1b")
+            raise ValueError(f"--schedule {self.schedule} with --pp 2 would block on nccl: use --pp 3 or more, or 1f1b")
         return backend
 
     def with_tokenizer(self, name: str) -> RunConfig:
@@ -243,9 +244,11 @@ def _check_topology(config: RunConfig, world_size: int) -> None:
         raise ValueError(f"--ep {config.ep} splits experts, but --num_experts is 0: set --num_experts, or use --dp")
     if model.num_experts % config.ep:
         raise ValueError(f"--ep {config.ep} does not divide --num_experts {model.num_experts}")
-    if config.schedule == "interleaved" and config.pp == 1:
-        raise ValueError("--schedule interleaved deals out a pipeline's stages, but --pp is 1: use --schedule 1f1b")
-    split_layers(model, config.pp, config.chunks_per_stage)
+    if SCHEDULES[config.schedule].several_stages and config.pp == 1:
+        raise ValueError(
+            f"--schedule {config.schedule} deals out a pipeline's stages, but --pp is 1: use --schedule 1f1b"
+        )
+    split_layers(model, config.pp, config.stages_per_rank)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -291,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("parallelism").add_argument
     for name, what in {"dp": "data", "ep": "expert", "pp": "pipeline", "tp": "tensor"}.items():
         add(f"--{name}", type=int, default=1, help=f"{what}-parallel ranks")
-    schedules = ("gpipe", "1f1b", "interleaved")
+    schedules = [name for name, schedule in SCHEDULES.items() if not schedule.splits_backward]
     add("--schedule", choices=schedules, default="1f1b", help="order of work in the pipeline")
     add("--virtual_stages", type=int, default=2, help="stages that a rank runs with --schedule interleaved")
     add("--dist_backend", choices=("nccl", "gloo"), help="default: nccl on CUDA, gloo elsewhere")

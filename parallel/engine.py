@@ -16,7 +16,8 @@ from heiretsu.parallel.optimizer import LossScaler, gradient_norm
 from heiretsu.parallel.pipeline import Microbatch, Totals, run_schedule
 from heiretsu.parallel.placement import Table, placement_table
 from heiretsu.parallel.profiling import region
-from heiretsu.parallel.schedules import Schedule, forward_only, lower, validate
+from heiretsu.parallel.schedules import forward_only, lower, validate
+from heiretsu.parallel.schedules.actions import Schedule
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ class StepReport:
 class Engine:
     """A model's stages on this rank, with all that turns microbatches into a step.
 
-    chunks: this rank's pipeline stages (one, or several virtual ones). hidden_size, hidden_dtype: of what travels
+    stages: this rank's ranges of layers, one or several. hidden_size, hidden_dtype: of what travels
     between stages. schedule: of compute actions, for all stages. grad_clip: largest gradient norm, 0 for no clipping.
     optimizer: made by the caller over `engine.params`.
     """
 
     def __init__(
         self,
-        chunks: Sequence[nn.Module],
+        stages: Sequence[nn.Module],
         mesh: Mesh,
         hidden_size: int,
         hidden_dtype: torch.dtype,
@@ -56,11 +57,11 @@ class Engine:
         scaler: LossScaler | None = None,
         bucket_bytes: int = BUCKET_BYTES,
     ):
-        self.chunks, self.mesh = chunks, mesh
+        self.stages, self.mesh = stages, mesh
         self.hidden_size, self.hidden_dtype = hidden_size, hidden_dtype
         self.num_microbatches, self.grad_clip, self.scaler = num_microbatches, grad_clip, scaler or LossScaler()
-        self.params = {name: param for chunk in chunks for name, param in chunk.named_parameters()}
-        self.table: Table = {name: place for chunk in chunks for name, place in placement_table(chunk, mesh).items()}
+        self.params = {name: param for stage in stages for name, param in stage.named_parameters()}
+        self.table: Table = {name: place for stage in stages for name, place in placement_table(stage, mesh).items()}
         self.averager = GradientAverager(self.params, self.table, bucket_bytes)
         program = lower(schedule)
         validate(program)
@@ -74,8 +75,8 @@ class Engine:
     def accumulate(self, batches: Sequence[Microbatch]) -> Totals:
         """Forward and backward of all microbatches. Gradients are then global means, times the loss scale."""
         assert len(batches) == self.num_microbatches
-        for chunk in self.chunks:
-            chunk.train()
+        for stage in self.stages:
+            stage.train()
         self.averager.prepare(self.num_microbatches)
         totals = self._run(self.actions, batches, self.scaler.scale)
         with region("average gradients"):
@@ -105,14 +106,14 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Microbatch]) -> float:
         """Mean cross-entropy over the given microbatches of all replicas; the same number on every rank."""
-        for chunk in self.chunks:
-            chunk.eval()
-        actions = lower(forward_only(self.mesh.pp.size, len(batches), len(self.chunks)))[self.mesh.pp.index]
+        for stage in self.stages:
+            stage.eval()
+        actions = lower(forward_only(self.mesh.pp.size, len(batches), len(self.stages)))[self.mesh.pp.index]
         return self._means(self._run(actions, batches, 1.0), len(batches))[0]
 
     def _run(self, actions, batches, loss_scale) -> Totals:
         return run_schedule(
-            actions, self.chunks, batches, self.mesh, self.hidden_size, self.hidden_dtype, loss_scale=loss_scale
+            actions, self.stages, batches, self.mesh, self.hidden_size, self.hidden_dtype, loss_scale=loss_scale
         )
 
     def _means(self, totals: Totals, num_microbatches: int) -> tuple[float, float, torch.Tensor | None]:

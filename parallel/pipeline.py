@@ -18,7 +18,7 @@ from torch import nn
 
 from heiretsu.parallel.mesh import Axis, Mesh
 from heiretsu.parallel.profiling import region
-from heiretsu.parallel.schedules import Action, Kind, peer
+from heiretsu.parallel.schedules.actions import Action, Kind, peer
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,18 @@ class Totals:
 
 @dataclass
 class _InFlight:
-    """What a (microbatch, chunk) keeps between its actions."""
+    """What a (microbatch, stage) keeps between its actions."""
 
     hidden_in: torch.Tensor | None = None
     out: StageOutput | None = None
     grad_out: torch.Tensor | None = None
     arriving: dist.Work | None = None
 
-    def forward(self, chunk: nn.Module, batch: Microbatch) -> None:
+    def forward(self, stage: nn.Module, batch: Microbatch) -> None:
         self._arrived()
         if self.hidden_in is not None:
             self.hidden_in.requires_grad_(torch.is_grad_enabled())
-        self.out = chunk(self.hidden_in, batch)
+        self.out = stage(self.hidden_in, batch)
 
     def backward(self, scale: float) -> None:
         self._arrived()
@@ -102,7 +102,7 @@ class _InFlight:
 
 def run_schedule(
     actions: Sequence[Action],
-    chunks: Sequence[nn.Module],
+    stages: Sequence[nn.Module],
     batches: Sequence[Microbatch],
     mesh: Mesh,
     hidden_size: int,
@@ -111,37 +111,36 @@ def run_schedule(
 ) -> Totals:
     """Run this rank's actions; gradients of the mean objective, times loss_scale, accumulate in the parameters.
 
-    chunks: this rank's stages, chunk c being virtual stage c * pp + rank. batches: one for each microbatch.
+    stages: those of this rank, the i-th being stage i * pp + pp_rank of the model. batches: one for each microbatch.
     """
     totals, sends = Totals(), _Sends()
-    flights: dict[tuple[int, int], _InFlight] = {}  # (microbatch, chunk)
-    last_virtual = len(chunks) * mesh.pp.size - 1
+    flights: dict[tuple[int, int], _InFlight] = {}  # (microbatch, stage)
+    last_stage = len(stages) * mesh.pp.size - 1
 
     for action in actions:
-        kind, microbatch, chunk = action
-        virtual = chunk * mesh.pp.size + mesh.pp.index
-        flight = flights.setdefault((microbatch, chunk), _InFlight())
+        kind, microbatch, stage = action
+        flight = flights.setdefault((microbatch, stage), _InFlight())
         batch = batches[microbatch]
         with region(str(action)):
             match kind:
                 case Kind.RECV_FORWARD:
                     flight.hidden_in, flight.arriving = _receive(batch, hidden_size, hidden_dtype, mesh.pp, kind)
                 case Kind.FORWARD:
-                    if mesh.pp.size == 1 and virtual > 0:  # from the chunk before, on this rank
-                        flight.hidden_in = flights[microbatch, chunk - 1].out.hidden.detach()
-                    flight.forward(chunks[chunk], batch)
+                    if mesh.pp.size == 1 and stage > 0:  # from the stage before, on this rank
+                        flight.hidden_in = flights[microbatch, stage - 1].out.hidden.detach()
+                    flight.forward(stages[stage // mesh.pp.size], batch)
                     totals.add(flight.out)
                 case Kind.SEND_FORWARD:
                     sends.start(flight.out.hidden.detach(), mesh.pp, kind)
                 case Kind.RECV_BACKWARD:
                     flight.grad_out, flight.arriving = _receive(batch, hidden_size, hidden_dtype, mesh.pp_back, kind)
                 case Kind.BACKWARD:
-                    if mesh.pp.size == 1 and virtual < last_virtual:
-                        flight.grad_out = flights[microbatch, chunk + 1].hidden_in.grad
+                    if mesh.pp.size == 1 and stage < last_stage:
+                        flight.grad_out = flights[microbatch, stage + 1].hidden_in.grad
                     flight.backward(loss_scale / len(batches))
                 case Kind.SEND_BACKWARD:
                     sends.start(flight.hidden_in.grad, mesh.pp_back, kind)
-                    del flights[microbatch, chunk]
+                    del flights[microbatch, stage]
                 case _:
                     raise ValueError(f"{mesh.coordinates()}: the executor does not split backward, as {action} asks")
     sends.wait()

@@ -28,8 +28,8 @@ def push(mesh, config, ops) -> tuple[list[float], dict]:
     engine = build_engine(config, mesh, ops)
     data = dataset(config.model.vocab_size, config.model.block_size)
     crossed: dict[tuple, torch.Tensor] = {}
-    for chunk in engine.chunks:
-        for block in chunk.blocks.values():
+    for stage in engine.stages:
+        for block in stage.blocks.values():
             block.register_forward_pre_hook(lambda block, args: keep(crossed, block.layer, *args))
     return [
         engine.step(train_script.read_batches(config, mesh, data, step)).loss for step in range(flags.steps)

@@ -28,7 +28,8 @@ from heiretsu.model import build, moe
 from heiretsu.parallel import collectives, engine, expert, optimizer, pipeline, placement, tensor
 from heiretsu.parallel.data import GradientAverager
 from heiretsu.parallel.mesh import Mesh
-from heiretsu.parallel.schedules import SCHEDULES, lower, one_f_one_b, simulate
+from heiretsu.parallel.schedules import SCHEDULES, lower, simulate
+from heiretsu.parallel.schedules.one_f_one_b import one_f_one_b
 from tests.ranks import RankError, run_ranks
 from tests.training import DENSE, MIXTURE, Trace, failures, run_config, run_steps, single_process
 
@@ -59,7 +60,7 @@ def exchange_outside_autograd(mesh):
 
 def replicated_weights_seeded_per_tp_rank(mesh):
     real = build.initialise
-    return patch.object(build, "initialise", lambda chunk, table, seed: real(chunk, table, seed + mesh.tp.index))
+    return patch.object(build, "initialise", lambda stage, table, seed: real(stage, table, seed + mesh.tp.index))
 
 
 def local_gradient_norm(mesh):
@@ -138,8 +139,9 @@ def every_microbatch_reduced_again(mesh):
 def wrong_1f1b_warm_up_count(mesh):
     """One forward too few before the first backward: right results, and a pipeline that waits."""
 
-    def warm_up_short(num_stages, num_microbatches):
-        return one_f_one_b(num_stages, num_microbatches)[1:] + one_f_one_b(1, num_microbatches)
+    def warm_up_short(num_ranks, num_microbatches):
+        short = one_f_one_b(num_ranks, num_microbatches)[1:] + one_f_one_b(1, num_microbatches)
+        return [[action._replace(stage=rank) for action in actions] for rank, actions in enumerate(short)]
 
     return patch.dict(SCHEDULES, {"1f1b": warm_up_short})
 

@@ -157,10 +157,10 @@ def test_drawing_in_the_page_on_schedules_is_what_the_command_prints(capsys):
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "adding-a-schedule.md").read_text()
 
 
-@pytest.mark.parametrize("name, chunks", [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1)])
-def test_table_in_the_page_on_schedules_is_what_the_simulation_gives(name, chunks):
-    program = lower(SCHEDULES[name](4, 8, chunks))
-    timeline = simulate(program, forward_cost=1 / chunks, backward_cost=2 / chunks)
-    held = " ".join(f"{activations / chunks:g}" for activations in timeline.peak_activations)
+@pytest.mark.parametrize("name, stages", [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1)])
+def test_table_in_the_page_on_schedules_is_what_the_simulation_gives(name, stages):
+    program = lower(SCHEDULES[name](4, 8, stages))
+    timeline = simulate(program, forward_cost=1 / stages, backward_cost=2 / stages)
+    held = " ".join(f"{activations / stages:g}" for activations in timeline.peak_activations)
     row = rf"^\| {name}.* \| {timeline.bubble:.1%} \| {held} \|$"
     assert re.search(row, (ROOT / "docs" / "adding-a-schedule.md").read_text(), re.M)

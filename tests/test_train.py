@@ -361,8 +361,8 @@ def test_profile_writes_a_trace_for_each_rank_with_the_regions_named(tmp_path):
     assert "by region:" in out and "by kernel:" in out
     for rank in (0, 1):
         names = {e.get("name") for e in json.loads((tmp_path / f"trace/rank{rank}.json").read_text())["traceEvents"]}
-        assert {"F0", "B1", "optimizer", "average gradients", "all-reduce world"} <= names
-        assert ("head" in names) == (rank == 1) and ("send F0" in names) == (rank == 0)
+        assert {f"F0.{rank}", f"B1.{rank}", "optimizer", "average gradients", "all-reduce world"} <= names
+        assert ("head" in names) == (rank == 1) and ("send F0.0" in names) == (rank == 0)
 
 
 def test_init_from_takes_the_parameters_and_starts_anew(tmp_path):

@@ -20,7 +20,7 @@ def test_picture_and_text_of_every_schedule(tmp_path, capsys):
         assert tuple(bytes.fromhex(shades[0][1:])) in colours
 
 
-@pytest.mark.parametrize("flag", ["--pp", "--micro_batches", "--chunks", "--forward_cost"])
+@pytest.mark.parametrize("flag", ["--pp", "--micro_batches", "--virtual_stages", "--forward_cost"])
 def test_sizes_that_draw_nothing_are_refused_by_name(flag, capsys):
     with pytest.raises(SystemExit):
         plot_schedule.main([flag, "0"])

@@ -1,49 +1,50 @@
 """Schedules are right before any process runs them: complete, in order, free of deadlock, as fast as the papers say."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heiretsu.parallel.schedules import (
+from heiretsu.parallel import schedules
+from heiretsu.parallel.schedules import SCHEDULES, draw, forward_only, lower, simulate, validate
+from heiretsu.parallel.schedules.actions import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
     FORWARD,
     RECV_BACKWARD,
     RECV_FORWARD,
-    SCHEDULES,
     SEND_BACKWARD,
     SEND_FORWARD,
     Action,
-    draw,
-    forward_only,
-    gpipe,
-    interleaved_1f1b,
-    lower,
-    one_f_one_b,
     peer,
-    simulate,
-    validate,
-    zero_bubble,
 )
+from heiretsu.parallel.schedules.gpipe import gpipe
+from heiretsu.parallel.schedules.interleaved import interleaved_1f1b
+from heiretsu.parallel.schedules.one_f_one_b import one_f_one_b
+from heiretsu.parallel.schedules.zero_bubble import zero_bubble
 
 SIZES = [(p, m) for p in range(1, 7) for m in (1, 2, 3, 5, 8, 12)]
-STAGES, MICROBATCHES = st.integers(1, 6), st.integers(1, 12)
-ONE_CHUNK = [gpipe, one_f_one_b, zero_bubble]
+RANKS, MICROBATCHES = st.integers(1, 6), st.integers(1, 12)
+ONE_STAGE = [gpipe, one_f_one_b, zero_bubble]
 
 
 def timeline(schedule, forward_cost=1.0, backward_cost=2.0, comm_cost=0.0):
     return simulate(lower(schedule), forward_cost, backward_cost, comm_cost)
 
 
-@given(name=st.sampled_from(sorted(SCHEDULES)), p=STAGES, m=MICROBATCHES, chunks=st.integers(1, 4))
-def test_every_schedule_is_valid_for_every_size(name, p, m, chunks):
-    validate(lower(SCHEDULES[name](p, m, chunks if name == "interleaved" else 1)))
+@given(name=st.sampled_from(sorted(SCHEDULES)), p=RANKS, m=MICROBATCHES, stages=st.integers(1, 4))
+def test_every_schedule_is_valid_for_every_size(name, p, m, stages):
+    validate(lower(SCHEDULES[name](p, m, stages if SCHEDULES[name].several_stages else 1)))
 
 
-@given(p=STAGES, m=MICROBATCHES, chunks=st.integers(1, 4))
-def test_evaluation_runs_every_forward(p, m, chunks):
-    validate(lower(forward_only(p, m, chunks)), backward=False)
+@given(p=RANKS, m=MICROBATCHES, stages=st.integers(1, 4))
+def test_evaluation_runs_every_forward(p, m, stages):
+    validate(lower(forward_only(p, m, stages)), backward=False)
 
 
 @pytest.mark.parametrize("schedule", [gpipe, one_f_one_b])
@@ -55,14 +56,14 @@ def test_bubble_is_the_closed_form(schedule, forward_cost, backward_cost):
         assert bubble == pytest.approx((p - 1) / (m + p - 1), abs=1e-12), (p, m)
 
 
-def test_interleaving_divides_the_bubble_by_the_chunks():
-    """Narayanan et al. 2021, section 2.2.2: the bubble is (p - 1) / (chunks * m) of the work, for m a multiple of p."""
+def test_interleaving_divides_the_bubble_by_the_stages_of_a_rank():
+    """Narayanan et al. 2021, section 2.2.2: the bubble is (p - 1) / (stages * m) of the work, for m a multiple of p."""
     for p in range(2, 7):
         for m in (p, 2 * p, 3 * p):
-            for chunks in (2, 3):
-                share = (p - 1) / (chunks * m)
-                bubble = timeline(interleaved_1f1b(p, m, chunks)).bubble
-                assert bubble == pytest.approx(share / (1 + share), abs=1e-12), (p, m, chunks)
+            for stages in (2, 3):
+                share = (p - 1) / (stages * m)
+                bubble = timeline(interleaved_1f1b(p, m, stages)).bubble
+                assert bubble == pytest.approx(share / (1 + share), abs=1e-12), (p, m, stages)
                 assert bubble < timeline(one_f_one_b(p, m)).bubble
 
 
@@ -75,19 +76,19 @@ def test_zero_bubble_leaves_only_what_the_weight_gradients_cannot_fill():
             assert timeline(one_f_one_b(p, m)).makespan - 3 * m == 3 * (p - 1)
 
 
-@given(p=STAGES, m=MICROBATCHES)
-def test_1f1b_warms_up_with_as_many_forwards_as_stages_follow(p, m):
-    for stage, actions in enumerate(one_f_one_b(p, m)):
+@given(p=RANKS, m=MICROBATCHES)
+def test_1f1b_warms_up_with_as_many_forwards_as_ranks_follow(p, m):
+    for rank, actions in enumerate(one_f_one_b(p, m)):
         before_first_backward = next(i for i, action in enumerate(actions) if action.kind is BACKWARD)
-        warmup = min(p - stage - 1, m)
+        warmup = min(p - rank - 1, m)
         assert before_first_backward == min(warmup + 1, m)
 
 
-@given(p=STAGES, m=MICROBATCHES)
+@given(p=RANKS, m=MICROBATCHES)
 def test_activations_held(p, m):
-    """GPipe holds all microbatches, 1F1B no more than stages are left, ZB-H1 no more than stage 0 of 1F1B."""
+    """GPipe holds all microbatches, 1F1B no more than ranks are left, ZB-H1 no more than rank 0 of 1F1B."""
     assert timeline(gpipe(p, m)).peak_activations == [m] * p
-    assert timeline(one_f_one_b(p, m)).peak_activations == [min(p - stage, m) for stage in range(p)]
+    assert timeline(one_f_one_b(p, m)).peak_activations == [min(p - rank, m) for rank in range(p)]
     assert max(timeline(zero_bubble(p, m)).peak_activations) == min(p, m)
 
 
@@ -97,11 +98,11 @@ def test_messages_cost_time_only_to_those_who_wait():
     assert timeline(gpipe(1, 4), comm_cost=0.5).makespan == 12
 
 
-def test_lowering_two_stages_by_hand():
-    forward, backward = Action(FORWARD, 0), Action(BACKWARD, 0)
+def test_lowering_two_ranks_by_hand():
+    forwards, backwards = ([Action(kind, 0, stage) for stage in (0, 1)] for kind in (FORWARD, BACKWARD))
     assert lower(gpipe(2, 1)) == [
-        [forward, Action(SEND_FORWARD, 0), Action(RECV_BACKWARD, 0), backward],
-        [Action(RECV_FORWARD, 0), forward, backward, Action(SEND_BACKWARD, 0)],
+        [forwards[0], Action(SEND_FORWARD, 0, 0), Action(RECV_BACKWARD, 0, 0), backwards[0]],
+        [Action(RECV_FORWARD, 0, 1), forwards[1], backwards[1], Action(SEND_BACKWARD, 0, 1)],
     ]
 
 
@@ -112,63 +113,63 @@ def test_the_gradient_leaves_before_the_weights_wait_for_theirs():
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_one_stage_neither_sends_nor_receives(name):
+def test_one_rank_neither_sends_nor_receives(name):
     schedule = SCHEDULES[name](1, 4, 1)
     assert lower(schedule) == schedule
 
 
-def test_the_ring_closes_between_chunks():
+def test_the_ring_closes_between_the_stages_of_a_rank():
     assert peer(SEND_FORWARD, 3, 4) == 0 and peer(RECV_FORWARD, 0, 4) == 3
     assert peer(SEND_BACKWARD, 0, 4) == 3 and peer(RECV_BACKWARD, 3, 4) == 0
-    first_stage = lower(interleaved_1f1b(2, 2, 2))[0]
-    assert Action(RECV_FORWARD, 0, 1) in first_stage and Action(RECV_FORWARD, 0, 0) not in first_stage
+    first_rank = lower(interleaved_1f1b(2, 2, 2))[0]
+    assert Action(RECV_FORWARD, 0, 2) in first_rank and Action(RECV_FORWARD, 0, 0) not in first_rank
 
 
 # What validate is for: each of these programs has one fault.
 
 
-def drop(program, stage, action):
-    program[stage].remove(action)
+def drop(program, rank, action):
+    program[rank].remove(action)
 
 
-def swap(program, stage, first, second):
-    actions = program[stage]
+def swap(program, rank, first, second):
+    actions = program[rank]
     i, j = actions.index(first), actions.index(second)
     actions[i], actions[j] = actions[j], actions[i]
 
 
 FAULTS = {
     "a forward is missing": (
-        lambda program: drop(program, 1, Action(FORWARD, 2)),
-        "stage 1: F2 occurs 0 times",
+        lambda program: drop(program, 1, Action(FORWARD, 2, 1)),
+        "rank 1: F2.1 occurs 0 times",
     ),
     "a backward runs twice": (
-        lambda program: program[0].append(Action(BACKWARD, 3)),
-        "stage 0: B3 occurs 2 times",
+        lambda program: program[0].append(Action(BACKWARD, 3, 0)),
+        "rank 0: B3.0 occurs 2 times",
     ),
     "a send is missing": (
-        lambda program: drop(program, 0, Action(SEND_FORWARD, 1)),
-        "stage 0: send F1 occurs 0 times",
+        lambda program: drop(program, 0, Action(SEND_FORWARD, 1, 0)),
+        "rank 0: send F1.0 occurs 0 times",
     ),
     "a receive for nothing": (
-        lambda program: program[0].insert(0, Action(RECV_FORWARD, 0)),
-        "stage 0: recv F0 occurs 1 times, not 0",
+        lambda program: program[0].insert(0, Action(RECV_FORWARD, 0, 0)),
+        "rank 0: recv F0.0 occurs 1 times, not 0",
     ),
     "backward before its forward": (
-        lambda program: swap(program, 2, Action(FORWARD, 3), Action(BACKWARD, 3)),
-        "stage 2, step .*: B3 comes before F3",
+        lambda program: swap(program, 2, Action(FORWARD, 3, 2), Action(BACKWARD, 3, 2)),
+        "rank 2, step .*: B3.2 comes before F3.2",
     ),
     "sent before it is made": (
-        lambda program: swap(program, 0, Action(FORWARD, 0), Action(SEND_FORWARD, 0)),
-        "stage 0, step 0: send F0 comes before F0",
+        lambda program: swap(program, 0, Action(FORWARD, 0, 0), Action(SEND_FORWARD, 0, 0)),
+        "rank 0, step 0: send F0.0 comes before F0.0",
     ),
     "used before it is received": (
-        lambda program: swap(program, 1, Action(FORWARD, 0), Action(RECV_FORWARD, 0)),
-        "stage 1, step 0: F0 comes before recv F0",
+        lambda program: swap(program, 1, Action(FORWARD, 0, 1), Action(RECV_FORWARD, 0, 1)),
+        "rank 1, step 0: F0.1 comes before recv F0.1",
     ),
     "sends overtake each other": (
-        lambda program: swap(program, 0, Action(SEND_FORWARD, 0), Action(SEND_FORWARD, 1)),
-        "stage 0, step .*: send F1 comes before F1",
+        lambda program: swap(program, 0, Action(SEND_FORWARD, 0, 0), Action(SEND_FORWARD, 1, 0)),
+        "rank 0, step .*: send F1.0 comes before F1.0",
     ),
 }
 
@@ -185,8 +186,8 @@ def test_a_corrupted_program_is_refused(fault):
 
 def test_gradients_added_in_another_order_are_refused():
     program = lower(zero_bubble(3, 4))
-    swap(program, 2, Action(BACKWARD_WEIGHT, 2), Action(BACKWARD_WEIGHT, 3))
-    with pytest.raises(ValueError, match="stage 2, step .*: W3 comes before W2"):
+    swap(program, 2, Action(BACKWARD_WEIGHT, 2, 2), Action(BACKWARD_WEIGHT, 3, 2))
+    with pytest.raises(ValueError, match="rank 2, step .*: W3.2 comes before W2.2"):
         validate(program)
 
 
@@ -195,21 +196,21 @@ def test_messages_in_another_order_than_they_are_taken_are_refused():
     sends = [action for action in program[0] if action.kind is SEND_FORWARD]
     program[0] = [action for action in program[0] if action.kind is not SEND_FORWARD]
     program[0][2:2] = reversed(sends)
-    with pytest.raises(ValueError, match="stage 1, step 0: recv F0 would take recv F1"):
+    with pytest.raises(ValueError, match="rank 1, step 0: recv F0.1 would take recv F1.1"):
         validate(program)
 
 
-def test_a_stage_that_waits_for_what_waits_for_it_is_a_deadlock():
-    """Without warm-up, stage 0 wants microbatch 0's gradient before stage 1, which runs GPipe, has all forwards."""
-    eager, patient = one_f_one_b(1, 2)[0], gpipe(1, 2)[0]
-    with pytest.raises(ValueError, match="deadlock: stage 0 waits at step 2, recv B0"):
+def test_a_rank_that_waits_for_what_waits_for_it_is_a_deadlock():
+    """Without warm-up, rank 0 wants microbatch 0's gradient before rank 1, which runs GPipe, has all forwards."""
+    eager, patient = one_f_one_b(1, 2)[0], gpipe(2, 2)[1]
+    with pytest.raises(ValueError, match="deadlock: rank 0 waits at step 2, recv B0.0"):
         validate(lower([eager, patient]))
 
 
 def test_backward_halves_must_both_run():
     program = lower(zero_bubble(2, 2))
-    drop(program, 0, Action(BACKWARD_WEIGHT, 1))
-    with pytest.raises(ValueError, match="stage 0: W1 occurs 0 times"):
+    drop(program, 0, Action(BACKWARD_WEIGHT, 1, 0))
+    with pytest.raises(ValueError, match="rank 0: W1.0 occurs 0 times"):
         validate(program)
 
 
@@ -220,17 +221,57 @@ def test_sizes_below_one_are_refused(name, sizes):
         SCHEDULES[name](*sizes)
 
 
-@pytest.mark.parametrize("schedule", ONE_CHUNK)
-def test_schedules_of_one_chunk_refuse_more(schedule):
-    with pytest.raises(ValueError, match="num_chunks=2"):
+@pytest.mark.parametrize("schedule", ONE_STAGE)
+def test_schedules_of_one_stage_a_rank_refuse_more(schedule):
+    with pytest.raises(ValueError, match="stages_per_rank=2"):
         schedule(2, 2, 2)
 
 
 def test_drawing():
     assert draw(timeline(one_f_one_b(2, 3))) == "\n".join(
         [
-            "stage 0  F0 F1 ......B0--- F2 B1--- ...B2---",
-            "stage 1  ...F0 B0--- F1 B1--- F2 B2--- ......",
+            "rank 0  F0 F1 ......B0--- F2 B1--- ...B2---",
+            "rank 1  ...F0 B0--- F1 B1--- F2 B2--- ......",
             "bubble 25.0%, activations held 2 1",
         ]
     )
+
+
+def test_drawing_names_the_stage_where_a_rank_has_several():
+    assert draw(timeline(interleaved_1f1b(2, 1, 2))) == "\n".join(
+        [
+            "rank 0  F0.0 .....F0.2 ...............B0.2----- ..........B0.0-----",
+            "rank 1  .....F0.1 .....F0.3 B0.3----- ..........B0.1----- ..........",
+            "bubble 50.0%, activations held 2 2",
+        ]
+    )
+
+
+def test_a_schedule_is_found_by_its_file_alone(tmp_path):
+    """A copy of the folder with one more file: the name is there, it is valid, and the command line offers it."""
+    folder = tmp_path / "heiretsu" / "parallel" / "schedules"
+    shutil.copytree(Path(schedules.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "one_at_a_time.py").write_text(ONE_AT_A_TIME)
+    program = """
+import sys
+import heiretsu.parallel
+heiretsu.parallel.__path__.insert(0, sys.argv[1])
+from heiretsu.model.options import parse_args
+from heiretsu.parallel.schedules import SCHEDULES, lower, validate
+validate(lower(SCHEDULES["one-at-a-time"](3, 4)))
+print(parse_args(["--pp", "3", "--schedule", "one-at-a-time"], world_size=3).schedule)
+"""
+    ran = subprocess.run([sys.executable, "-c", program, str(folder.parent)], capture_output=True, text=True)
+    assert ran.stdout == "one-at-a-time\n", ran.stderr
+
+
+ONE_AT_A_TIME = '''
+from heiretsu.parallel.schedules.actions import BACKWARD, FORWARD, Action
+from heiretsu.parallel.schedules.registry import schedule
+
+@schedule("one-at-a-time")
+def one_at_a_time(num_ranks, num_microbatches):
+    """Forward and backward of a microbatch before the next one."""
+    one = range(num_microbatches)
+    return [[Action(kind, i, rank) for i in one for kind in (FORWARD, BACKWARD)] for rank in range(num_ranks)]
+'''

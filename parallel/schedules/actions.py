@@ -1,0 +1,59 @@
+"""The words of a schedule: an action, what kinds there are, and a schedule as the actions of every rank.
+
+A stage is a range of the model's layers, numbered from its first layers to its last. A rank is a process of the axis
+pp; it runs one stage, or several: stage s belongs to rank s % num_ranks. Activations go from stage s to s + 1,
+gradients from s to s - 1.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+
+class Kind(enum.Enum):
+    """What an action does; the value is its letter in drawings and messages."""
+
+    FORWARD = "F"
+    BACKWARD = "B"  # gradients of input and weights together
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
+    SEND_FORWARD = "send F"  # the output of stage s, to s + 1
+    RECV_FORWARD = "recv F"
+    SEND_BACKWARD = "send B"  # the gradient of s's input, to s - 1
+    RECV_BACKWARD = "recv B"
+
+
+FORWARD, BACKWARD = Kind.FORWARD, Kind.BACKWARD
+BACKWARD_INPUT, BACKWARD_WEIGHT = Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+SEND_FORWARD, RECV_FORWARD = Kind.SEND_FORWARD, Kind.RECV_FORWARD
+SEND_BACKWARD, RECV_BACKWARD = Kind.SEND_BACKWARD, Kind.RECV_BACKWARD
+
+# The receive that answers each send, and which of a stage's neighbours is at the other end.
+ANSWER = {SEND_FORWARD: RECV_FORWARD, SEND_BACKWARD: RECV_BACKWARD}
+SENDS, RECEIVES = tuple(ANSWER), tuple(ANSWER.values())
+NEIGHBOUR = {SEND_FORWARD: +1, RECV_BACKWARD: +1, RECV_FORWARD: -1, SEND_BACKWARD: -1}
+
+
+class Action(NamedTuple):
+    """One thing that the rank of a stage does. microbatch and stage are those of the rank's own forward, for messages
+    too."""
+
+    kind: Kind
+    microbatch: int
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}{self.microbatch}.{self.stage}"
+
+
+Schedule = list[list[Action]]  # [rank][step]
+
+
+def num_stages(schedule: Schedule) -> int:
+    return 1 + max((action.stage for actions in schedule for action in actions), default=0)
+
+
+def peer(kind: Kind, rank: int, num_ranks: int) -> int:
+    """The rank that a message goes to or comes from. The ring closes: the last rank's stages feed the first's next."""
+    return (rank + NEIGHBOUR[kind]) % num_ranks
