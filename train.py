@@ -227,7 +227,7 @@ class StopSignal:
         """True on every rank once any rank has received it. A collective: all ranks ask after the same step."""
         if not self.can_save:
             return False
-        flag = torch.tensor(float(self.received), device=self.mesh.device)
+        flag = torch.tensor(int(self.received), device=self.mesh.device)
         return bool(all_reduce(flag, self.mesh.world) > 0)
 
 

@@ -81,7 +81,7 @@ def _attention_backward(
     blind = _blind_rows(q, k, causal)
     dq[:, :, :blind] = 0.0
     wide = torch.promote_types(q.dtype, torch.float32)
-    sums = [torch.zeros(k.shape, dtype=wide) for _ in range(2)]  # dk, dv
+    sums = [k.new_zeros(k.shape, dtype=wide) for _ in range(2)]  # dk, dv
     for heads in _groups(q, k):
         dout_, q_, out_, lse_, dq_ = (t[:, heads, blind:] for t in (dout, q, out, lse, dq))
         dlse_ = None if dlse is None else dlse[:, heads, blind:]
@@ -144,8 +144,8 @@ def _flash_mask(q, k, causal):
     T, S = q.shape[2], k.shape[2]
     if not causal or T == S:
         return causal, None
-    hidden = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)
-    return False, torch.zeros(T, S, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+    hidden = q.new_ones(T, S, dtype=torch.bool).triu(S - T + 1)
+    return False, q.new_zeros(T, S).masked_fill_(hidden, -torch.inf)
 
 
 def _flash_gradients(dout, dlse, q, k, v, out, lse, causal, scale):
@@ -183,7 +183,7 @@ def _scores(q, k, rows, keys, causal, scale, shift):
     """Scores of a block in float32 at least, hidden ones -inf."""
     s = (q[rows] @ k[keys].T).to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
     if causal:
-        hidden = torch.ones(s.shape, dtype=torch.bool).triu_(rows.start + shift + 1)
+        hidden = s.new_ones(s.shape, dtype=torch.bool).triu_(rows.start + shift + 1)
         s.masked_fill_(hidden, -torch.inf)
     return s
 
@@ -197,8 +197,8 @@ def _forward_blocks(q, k, v, out, lse, keep, causal, scale, dropout, heads, blin
         row_lse = s.logsumexp(-1)
         lse[b, h, rows] = row_lse
         head = heads.start + h * heads.step + dropout.head_offset
-        queries = torch.arange(blind + rows.start, blind + rows.stop)
-        bits = philox.draw(dropout.seed, queries, torch.arange(keys.stop), head, b + dropout.batch_offset)
+        queries = torch.arange(blind + rows.start, blind + rows.stop, device="cpu")
+        bits = philox.draw(dropout.seed, queries, torch.arange(keys.stop, device="cpu"), head, b + dropout.batch_offset)
         kept = torch.ge(bits, dropout.drop_below, out=keep[b, h, rows, keys])
         p = s.sub_(row_lse[:, None]).exp_().mul_(kept)
         torch.mm(p.to(v.dtype), v[b, h, keys], out=out[b, h, rows]).mul_(dropout.keep_scale)

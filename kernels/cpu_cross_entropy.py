@@ -54,10 +54,10 @@ def _local_targets(targets, vocab_start, V):
 
 def _softmax_rows(logits, local, inside, lse, target_logit, need_q):
     """Fill lse and target_logit, (n,), from logits, (n, V), which become Q = softmax - onehot(local) if need_q."""
-    row = torch.arange(logits.shape[0])
+    row = torch.arange(logits.shape[0], device=logits.device)
     target_logit.copy_(torch.where(inside, logits[row, local], 0.0))
     blocks = _slices(len(row), max(1, _ROW_BLOCK_ELEMENTS // logits.shape[1]))
-    wide = torch.empty(blocks[0].stop, logits.shape[1], dtype=lse.dtype)
+    wide = lse.new_empty(blocks[0].stop, logits.shape[1])
     for rows in blocks:
         block = wide[: rows.stop - rows.start].copy_(logits[rows])
         largest = block.amax(-1)
@@ -75,7 +75,7 @@ def _accumulate_product(total, q, x, first):
         total.addmm_(q.T, x, beta=0.0 if first else 1.0)
         return
     blocks = _slices(len(total), _VOCAB_BLOCK)
-    narrow, wide = (torch.empty(blocks[0].stop, x.shape[1], dtype=dtype) for dtype in (x.dtype, total.dtype))
+    narrow, wide = (tensor.new_empty(blocks[0].stop, x.shape[1]) for tensor in (x, total))
     for block in blocks:
         n = block.stop - block.start
         product = torch.mm(q[:, block].T, x, out=narrow[:n])

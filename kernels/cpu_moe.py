@@ -44,7 +44,7 @@ def _sort_by_expert(experts, num_experts):
     flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     order = flat.argsort(stable=True)
     slot = torch.empty_like(order)
-    slot[order] = torch.arange(order.numel())
+    slot[order] = torch.arange(order.numel(), device=order.device)
     counts = flat.bincount(minlength=num_experts + 1)[:num_experts]
     return order, slot.view(experts.shape), [0, *counts.cumsum(0).tolist()]
 
@@ -119,7 +119,7 @@ class _Gelu:
 
     def __init__(self, x, rows, width):
         self.step = min(rows, max(1, _BLOCK_ELEMENTS // max(1, width)))
-        self.scratch = torch.empty(5, self.step, width, dtype=_at_least_float32(x.dtype))
+        self.scratch = x.new_empty(5, self.step, width, dtype=_at_least_float32(x.dtype))
         self.scratch[4] = GELU_LINEAR
 
     def __call__(self, h, out, derivative):

@@ -38,7 +38,7 @@ def _blocks(rows, row_elements):
 
 def _scratch(blocks, row_elements, dtype, count):
     rows = blocks[0].stop if blocks else 0
-    return [torch.empty(rows, row_elements, dtype=dtype) for _ in range(count)]
+    return [torch.empty(rows, row_elements, dtype=dtype, device="cpu") for _ in range(count)]
 
 
 def gelu_block(u, out, derivative, q, s, r, linear):
@@ -94,7 +94,7 @@ class _BiasGelu(torch.autograd.Function):
         need_dx, need_dbias = ctx.needs_input_grad[:2]
         dout2, wide = dout.reshape(rows, width), _wide(dout.dtype)
         dx = torch.empty_like(derivative) if need_dx else None
-        dbias = torch.zeros(width, dtype=wide)
+        dbias = derivative.new_zeros(width, dtype=wide)
         blocks = _blocks(rows, width)
         all_d, all_dout = _scratch(blocks, width, wide, 2)
         for block in blocks:
@@ -180,8 +180,9 @@ def layer_norm(x, weight, bias, eps=1e-5, residual=None):
 def keep_mask(shape, p, seed, offset=0):
     """`random.dropout_keep_mask` bit for bit, (B, T, C) bool, in blocks of a sample that the cache holds."""
     B, T, C = shape
-    keep, threshold = torch.empty(shape, dtype=torch.bool), drop_threshold(p)
-    positions, channels, blocks = torch.arange(T), torch.arange(C), _blocks(T, C)
+    keep, threshold = torch.empty(shape, dtype=torch.bool, device="cpu"), drop_threshold(p)
+    positions, channels = torch.arange(T, device="cpu"), torch.arange(C, device="cpu")
+    blocks = _blocks(T, C)
     random = BlockPhilox(blocks[0].stop * C)
     for b in range(B):
         for block in blocks:

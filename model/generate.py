@@ -27,7 +27,7 @@ def generate(
         raise ValueError("the prompt is empty: give at least one token (end-of-text starts a new document)")
     model.eval()
     device = model.wte.weight.device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     tokens = list(prompt)
     for _ in range(num_tokens):
         context = torch.tensor([tokens[-model.config.block_size :]], device=device)

@@ -119,7 +119,7 @@ def peak_flops(mesh: Mesh, config: RunConfig) -> float | None:
     if mesh.device.type != "cpu":
         return None
     dtype = torch.bfloat16 if config.amp == "bf16" else getattr(torch, config.dtype)
-    x = torch.ones(512, 512, dtype=dtype)
+    x = torch.ones(512, 512, dtype=dtype, device="cpu")
     best = float("inf")
     for _ in range(10):
         began = time.perf_counter()

@@ -24,9 +24,9 @@ def initial_value(place: Placement, seed: int) -> torch.Tensor:
     """The whole parameter's initial value, float32 on the CPU, whatever the mesh and the run's dtype."""
     spec = place.spec
     if spec.std is None:
-        return torch.full(spec.shape, spec.fill)
-    generator = torch.Generator().manual_seed(fold(seed, "init", place.name))
-    whole = torch.empty(spec.shape).normal_(0.0, spec.std, generator=generator)
+        return torch.full(spec.shape, spec.fill, dtype=torch.float32, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(fold(seed, "init", place.name))
+    whole = torch.empty(spec.shape, dtype=torch.float32, device="cpu").normal_(0.0, spec.std, generator=generator)
     if spec.rows is not None:
         whole[spec.rows :] = 0.0  # padding
     return whole

@@ -35,7 +35,7 @@ def kernel_calls(config: RunConfig, mesh: Mesh, ops) -> dict[str, Callable[[], R
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = narrow) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype).requires_grad_()
 
     def weight(*shape: int) -> torch.Tensor:
         return (normal(*shape, dtype=wide).detach() * 0.02).requires_grad_()

@@ -70,7 +70,8 @@ def load(path: str | os.PathLike, engine: Engine, config: dict) -> int:
     run = _matching_run(path, config)
     for param in engine.params.values() if run["optimizer_steps"] else ():  # there are no moments before the first
         moments = {name: torch.zeros_like(param) for name in _MOMENTS}
-        engine.optimizer.state[param] = {"step": torch.tensor(float(run["optimizer_steps"])), **moments}
+        steps = torch.full((), float(run["optimizer_steps"]), dtype=torch.float32, device=param.device)
+        engine.optimizer.state[param] = {"step": steps, **moments}
     with _quiet():
         dcp.load(_tensors(engine), checkpoint_id=Path(path))
     if run["scaler"]["growth"] == engine.scaler.growth:

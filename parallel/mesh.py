@@ -131,7 +131,7 @@ def make_mesh(dp: int = 1, ep: int = 1, pp: int = 1, tp: int = 1, device: str | 
 def abstract_mesh(dp=1, ep=1, pp=1, tp=1, rank: int = 0, device: str | torch.device = "cpu") -> Mesh:
     """The mesh that `rank` would have, without process groups: for planning, for tables, and for one process."""
     sizes = dict(zip(AXIS_NAMES, (dp, ep, pp, tp), strict=True))
-    grid = torch.arange(math.prod(sizes.values())).view(dp, ep, pp, tp)
+    grid = torch.arange(math.prod(sizes.values()), device="cpu").view(dp, ep, pp, tp)
     at = dict(zip(AXIS_NAMES, (grid == rank).nonzero()[0].tolist(), strict=True))
 
     def line(name: str, over: tuple[str, ...]) -> Axis:
