@@ -8,7 +8,7 @@ ARGS   ?=
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint format types emulate audit bench wheel clean
+.PHONY: help install train test mutate lint format types emulate audit bench wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -36,6 +36,9 @@ train: $(VENV)/.installed ## train a small GPT on the embedded corpus (ARGS="--m
 
 test: $(VENV)/.installed-dev ## run every test, the Triton kernels in the interpreter included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not full" $(ARGS)
+
+mutate: $(VENV)/.installed-dev ## edit the product at random and see whether a test notices (ARGS="--seed 1 --count 200")
+	$(BIN)/python -m tests.mutation $(ARGS)
 
 lint: types ## ruff (lint and format) and the type check
 	$(BIN)/ruff check .

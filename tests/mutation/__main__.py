@@ -1,0 +1,268 @@
+"""Edit the product at random, a bit at a time, and see whether a test notices: the mutation score.
+
+    python -m tests.mutation --seed 1 --count 200                      # make mutate ARGS="--seed 1 --count 200"
+    python -m tests.mutation --seed 1 --count 50 --files 'parallel/*'  # a part of the product
+    python -m tests.mutation --edits parallel/mesh.py:97               # every edit of one line
+
+Each edit is tried alone in a copy of the tree, on the tests that reach it, up to --budget seconds of them: those of its
+own test file first, then the quickest files. One that no test notices survives, and is printed. Edits that are listed
+in equal.txt, because they change nothing that a user can see, are not drawn. Triton's kernels have a list of their own:
+tests/kernels/mutation_runner.py. See docs/mutation-score.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import os
+import queue
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.mutation.copies import SLOW_IMPORTS, Copy
+from tests.mutation.edits import Edit, edits_of
+from tests.mutation.equal import read_equal
+from tests.mutation.reach import Measured, Reach, measure, test_files
+
+PRODUCT = [
+    "train.py", "sample.py", "modal_train.py", "model/*.py", "parallel/**/*.py", "data/*.py", "run/**/*.py",
+    "kernels/plain.py", "kernels/fused.py", "kernels/*arguments.py", "kernels/cpu_*.py",
+]  # fmt: skip
+FIRST_BUNDLE_S = 3.0  # most edits are seen by the first few tests: no need to import the files of all the others
+
+
+@dataclass
+class Verdict:
+    edit: Edit
+    caught: bool
+    by: str  # the test, or why none could
+    why: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Session:
+    """What the workers share."""
+
+    root: Path
+    sources: dict[str, str]
+    reach: Reach
+    budget_s: float
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    green: dict[str, bool] = field(default_factory=dict)  # test -> it passes without any edit
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    root = Path(options.root)
+    sources = {
+        path.relative_to(root).as_posix(): path.read_text()
+        for pattern in PRODUCT
+        for path in sorted(root.glob(pattern))
+    }
+    edits = [edit for file, text in sources.items() for edit in edits_of(file, text)]
+    equal, unused = read_equal(root / "tests/mutation/equal.txt", edits)
+    for entry in unused:
+        print(f"equal.txt: no edit is {entry} any more")
+    with contextlib.ExitStack() as stack:
+        copies = [
+            stack.enter_context(Copy(root, options.patience, imports=options.imports)) for _ in range(options.jobs)
+        ]
+        files = test_files(root)
+        measured = Measured(root / "build" / "mutation" / "reach.json")
+        _measure_all(copies, measured, root, files, sources, options.measure)
+        session = Session(root, sources, Reach(sources, measured.modules(files)), options.budget)
+        chosen, skipped = draw_edits(edits, equal, sources, options)
+        print(f"{len(edits)} edits of {len(sources)} files, {len(equal)} of them listed as equal; {len(chosen)} to try")
+        verdicts = _try_all(copies, session, chosen)
+    _summarise(verdicts, skipped, options)
+    return 0
+
+
+def _parse(arguments):
+    parser = argparse.ArgumentParser(prog="mutate", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--seed", type=int, default=1, help="of the draw")
+    add("--count", type=int, default=200, help="how many edits are drawn")
+    add("--files", nargs="+", default=["*"], metavar="GLOB", help="draw from these files only")
+    add("--edits", nargs="+", metavar="FILE[:LINE]", help="try every edit there instead of drawing")
+    add("--budget", type=float, default=60.0, metavar="S", help="seconds of tests for each edit, as measured")
+    add("--patience", type=float, default=20.0, metavar="S", help="beyond ten times its time, until a test hangs")
+    add("--jobs", type=int, default=os.cpu_count(), help="edits at a time")
+    add("--measure", action="store_true", help="measure again which test reaches what")
+    add("--json", metavar="FILE", help="write the verdicts there")
+    add("--imports", nargs="*", default=SLOW_IMPORTS, help=argparse.SUPPRESS)
+    add("--root", default=str(Path(__file__).parents[2]), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _measure_all(copies, measured: Measured, root: Path, files: list[str], sources, again: bool) -> None:
+    texts = {file: (root / file).read_text() for file in files}
+    due = [file for file in files if again or not measured.fresh(file, texts[file])]
+    lock = threading.Lock()
+
+    def one(copy: Copy, file: str) -> None:
+        began = time.monotonic()
+        module = measure(copy, file)
+        with lock:
+            measured.put(file, texts[file], sources, module)
+            note = "" if module["green"] else f"; NOT GREEN without an edit: {module['why']}"
+            print(f"measured {file}: {len(module['tests'])} tests, {time.monotonic() - began:.0f} s{note}", flush=True)
+
+    _share(copies, due, one)
+
+
+def _share(copies: list[Copy], work: list, do) -> None:
+    """do(copy, item) for each item, on all copies at a time."""
+    items: queue.SimpleQueue = queue.SimpleQueue()
+    for item in work:
+        items.put(item)
+    errors: list[BaseException] = []
+
+    def serve(copy: Copy) -> None:
+        try:
+            while not errors:
+                do(copy, items.get_nowait())
+        except queue.Empty:
+            pass
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=serve, args=(copy,), daemon=True) for copy in copies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def draw_edits(edits: list[Edit], equal: set[Edit], sources: dict[str, str], options) -> tuple[list[Edit], int]:
+    """The edits to try, and how many were passed over because they are listed as equal."""
+    if options.edits:
+        edits = [edit for edit in edits if {edit.file, f"{edit.file}:{edit.line}"} & set(options.edits)]
+        wanted = len(edits)
+    else:
+        edits = [edit for edit in edits if any(fnmatch.fnmatch(edit.file, glob) for glob in options.files)]
+        random.Random(options.seed).shuffle(edits)
+        wanted = options.count
+    chosen: list[Edit] = []
+    skipped = 0
+    for edit in edits:
+        if len(chosen) == wanted:
+            break
+        if edit in equal:
+            skipped += 1
+        elif edit.is_edit(sources[edit.file]):
+            chosen.append(edit)
+    return chosen, skipped
+
+
+def _try_all(copies: list[Copy], session: Session, edits: list[Edit]) -> list[Verdict]:
+    verdicts: list[Verdict] = []
+
+    def one(copy: Copy, edit: Edit) -> None:
+        began = time.monotonic()
+        verdict = try_edit(copy, session, edit)
+        verdict.seconds = time.monotonic() - began
+        with session.lock:
+            verdicts.append(verdict)
+            outcome = f"caught by {verdict.by} ({verdict.why[:90]})" if verdict.caught else f"SURVIVED {verdict.by}"
+            print(f"[{len(verdicts)}/{len(edits)}] {edit}\n    {outcome}, {verdict.seconds:.1f} s", flush=True)
+
+    _share(copies, edits, one)
+    return verdicts
+
+
+def try_edit(copy: Copy, session: Session, edit: Edit) -> Verdict:
+    """Run the tests that reach an edit until one notices it."""
+    tests = session.reach.tests(edit)
+    if not tests:
+        return Verdict(edit, False, "as no test reaches it")
+    files = {edit.file: edit.apply(session.sources[edit.file])}
+    bundles, left_out = _bundles(edit, tests, session)
+    for bundle in bundles:
+        while any(bundle.values()):
+            answer = copy.run(bundle, files, session.reach.seconds)
+            if answer["verdict"] == "green":
+                break
+            if answer["verdict"] == "broken":
+                raise RuntimeError(f"{edit}: {answer['why']}\n{copy.output()}")
+            test = answer["test"]
+            if _is_green(copy, session, test):
+                return Verdict(edit, True, test, answer["why"])
+            bundle = {file: [name for name in names if name != test] for file, names in bundle.items()}
+    note = f" within the budget, {left_out} more reach it" if left_out else ""
+    return Verdict(edit, False, f"{len(tests) - left_out} tests{note}")
+
+
+def _is_green(copy: Copy, session: Session, test: str) -> bool:
+    """That a test passes without any edit, seen once; what fails outside of tests was green when it was measured."""
+    if "::" not in test:
+        return True
+    if test not in session.green:
+        answer = copy.run({test.partition("::")[0]: [test]}, seconds=session.reach.seconds)
+        session.green[test] = answer["verdict"] == "green"
+        if not session.green[test]:
+            print(f"{test} fails without any edit, and judges none: {answer['why']}", flush=True)
+    return session.green[test]
+
+
+def _bundles(edit: Edit, tests: set[str], session: Session) -> tuple[list[dict[str, list[str]]], int]:
+    """{file: tests} to run one after the other, and how many tests are too slow for the budget."""
+    seconds = session.reach.seconds
+    by_file: dict[str, list[str]] = {}
+    for test in sorted(tests, key=lambda test: (seconds[test], test)):
+        if session.green.get(test, True):
+            by_file.setdefault(test.partition("::")[0], []).append(test)
+    path = Path(edit.file)
+    own = Path("tests", path.parent, f"test_{path.name}").as_posix()
+
+    def cost(names):
+        return sum(seconds[name] for name in names)
+
+    order = sorted(by_file, key=lambda file: (file != own, cost(by_file[file]), file))
+    bundles: list[dict[str, list[str]]] = [{}, {}]
+    spent, left_out = 0.0, 0
+    for file in order:
+        for test in by_file[file]:
+            if spent + seconds[test] > session.budget_s:
+                left_out += 1
+                continue
+            bundle = bundles[spent > FIRST_BUNDLE_S]
+            spent += seconds[test]
+            bundle.setdefault(file, []).append(test)
+    return [bundle for bundle in bundles if bundle], left_out
+
+
+def _summarise(verdicts: list[Verdict], skipped: int, options) -> None:
+    survivors = sorted((v for v in verdicts if not v.caught), key=lambda v: (v.edit.file, v.edit.start))
+    if options.json:
+        rows = [{**vars(v), "edit": str(v.edit), "file": v.edit.file, "line": v.edit.line} for v in verdicts]
+        Path(options.json).write_text(json.dumps(rows, indent=1))
+    kinds = Counter(v.edit.kind for v in verdicts)
+    lost = Counter(v.edit.kind for v in survivors)
+    print("\n" + "\n".join(f"{kind}: {kinds[kind] - lost[kind]} of {kinds[kind]}" for kind in sorted(kinds)))
+    if survivors:
+        print("\nSurvivors:")
+    for verdict in survivors:
+        print(f"{verdict.edit}    (survived {verdict.by})")
+    slow = sum(v.caught and v.why == "time limit" for v in verdicts)
+    caught, total = len(verdicts) - len(survivors), len(verdicts)
+    what = "the edits asked for" if options.edits else f"seed {options.seed}"
+    print(
+        f"\n{what}: {caught} of {total} caught ({caught / max(1, total):.1%}), {slow} of them by the time limit; "
+        f"{skipped} were passed over as listed in equal.txt"
+    )
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
