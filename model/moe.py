@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from heiretsu.model.config import ModelConfig
-from heiretsu.parallel.collectives import copy, reduce
+from heiretsu.parallel.collectives import copy_to, reduce_from
 from heiretsu.parallel.expert import combine, dispatch
 from heiretsu.parallel.mesh import Axis, Mesh
 from heiretsu.parallel.placement import Spec, declare
@@ -66,8 +66,8 @@ class MoE(nn.Module):
         aux_loss, load = balance_loss(logits.view(B, T, -1), experts.view(B, T, -1))
 
         # From here to `reduce`, each tp rank works on its part of F: what enters has partial gradients.
-        y = self._experts(copy(tokens, self.tp), experts, copy(gates, self.tp))  # (N, C), partial sum over tp
-        return reduce(y, self.tp).view(B, T, C), aux_loss, load
+        y = self._experts(copy_to(tokens, self.tp), experts, copy_to(gates, self.tp))  # (N, C), partial sum over tp
+        return reduce_from(y, self.tp).view(B, T, C), aux_loss, load
 
     def _experts(self, x, experts, gates):
         weights = self.w1, self.b1, self.w2, once(self.b2, self.tp)
@@ -82,7 +82,7 @@ class MoE(nn.Module):
 def once(bias: torch.Tensor, tp: Axis) -> torch.Tensor:
     """A bias inside a partial sum over tp: itself on one rank and zero on the others, with its whole gradient on
     all."""
-    return bias if tp.size == 1 else copy(bias, tp) * float(tp.index == 0)
+    return bias if tp.size == 1 else copy_to(bias, tp) * float(tp.index == 0)
 
 
 def balance_loss(logits: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

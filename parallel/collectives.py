@@ -1,11 +1,11 @@
 """Collectives as adjoint pairs, each named by what its forward does.
 
-    copy      forward: identity             backward: all-reduce
-    reduce    forward: all-reduce           backward: identity
-    exchange  forward: all-to-all           backward: all-to-all the other way
+    copy_to      forward: identity        backward: all-reduce
+    reduce_from  forward: all-reduce      backward: identity
+    all_to_all   forward: all-to-all      backward: all-to-all the other way
 
 Each is an autograd function; over an axis of size 1 each is the identity. None writes into its input or into the
-gradient that it is given. (Shoeybi et al. 2019, arXiv:1909.08053, calls copy and reduce f and g.)
+gradient that it is given. (Shoeybi et al. 2019, arXiv:1909.08053, calls the first two f and g.)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def sum_numbers(numbers: Sequence[float], axis: Axis, device: torch.device) -> l
     return all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device), axis).tolist()
 
 
-class _Copy(torch.autograd.Function):
+class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, axis):
         ctx.axis = axis
@@ -50,7 +50,7 @@ class _Copy(torch.autograd.Function):
         return all_reduce(dy, ctx.axis), None
 
 
-class _Reduce(torch.autograd.Function):
+class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, axis):
         return all_reduce(x, axis)
@@ -60,7 +60,7 @@ class _Reduce(torch.autograd.Function):
         return dy, None
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, send_counts, receive_counts, axis):
         ctx.counts, ctx.axis = (receive_counts, send_counts), axis
@@ -80,19 +80,19 @@ def _all_to_all(x, send_counts, receive_counts, axis):
 
 
 @torch.compiler.disable
-def copy(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+def copy_to(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """x as it is; its gradient, a partial sum on each rank of the axis, is summed over the axis."""
-    return x if axis.size == 1 else _Copy.apply(x, axis)
+    return x if axis.size == 1 else _CopyTo.apply(x, axis)
 
 
 @torch.compiler.disable
-def reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+def reduce_from(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The sum of x, a partial sum on each rank, over the axis; whole on every rank of it."""
-    return x if axis.size == 1 else _Reduce.apply(x, axis)
+    return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
 
 
 @torch.compiler.disable
-def exchange(x: torch.Tensor, send_counts: list[int], receive_counts: list[int], axis: Axis) -> torch.Tensor:
+def all_to_all(x: torch.Tensor, send_counts: list[int], receive_counts: list[int], axis: Axis) -> torch.Tensor:
     """Rows of x to other ranks: the first send_counts[0] to the axis's rank 0, and so on; returns the rows received,
     those of rank 0 first. x: (sum(send_counts), ...). Ranks with nothing to send still take part."""
-    return x if axis.size == 1 else _Exchange.apply(x, send_counts, receive_counts, axis)
+    return x if axis.size == 1 else _AllToAll.apply(x, send_counts, receive_counts, axis)

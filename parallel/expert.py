@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from heiretsu.parallel.collectives import exchange
+from heiretsu.parallel.collectives import all_to_all
 from heiretsu.parallel.mesh import Axis
 
 
@@ -38,17 +37,17 @@ def dispatch(x: torch.Tensor, experts: torch.Tensor, num_experts: int, ep: Axis)
     flat = experts.flatten()
     order = flat.argsort(stable=True)  # (N * K,), by expert and so by rank
     counts = torch.bincount(flat // per_rank, minlength=ep.size)
-    their_counts = torch.empty_like(counts)
-    dist.all_to_all_single(their_counts, counts, group=ep.group)
+    one_each = [1] * ep.size
+    their_counts = all_to_all(counts, one_each, one_each, ep)
     sent, received = counts.tolist(), their_counts.tolist()
 
-    rows = exchange(x[order // experts.shape[1]], sent, received, ep)
-    served = exchange(flat[order], sent, received, ep) - ep.index * per_rank
+    rows = all_to_all(x[order // experts.shape[1]], sent, received, ep)
+    served = all_to_all(flat[order], sent, received, ep) - ep.index * per_rank
     return Dispatched(rows, served, order, sent, received)
 
 
 def combine(y: torch.Tensor, gates: torch.Tensor, plan: Dispatched, ep: Axis) -> torch.Tensor:
     """Bring served rows home and add them up. y: (M, C), in the order of plan.rows. gates: (N, K). Returns (N, C)."""
-    home = exchange(y, plan.received, plan.sent, ep)
+    home = all_to_all(y, plan.received, plan.sent, ep)
     pairs = torch.empty_like(home).index_copy(0, plan.order, home)  # a permutation: every row is written
-    return (pairs.view(*gates.shape, -1) * gates[..., None].to(y.dtype)).sum(1)
+    return (pairs.view(*gates.shape, y.shape[1]) * gates[..., None].to(y.dtype)).sum(1)

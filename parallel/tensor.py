@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from heiretsu.parallel.collectives import all_reduce, copy, reduce
+from heiretsu.parallel.collectives import all_reduce, copy_to, reduce_from
 from heiretsu.parallel.mesh import Axis, Mesh
 from heiretsu.parallel.placement import Spec, declare, shard_bounds
 
@@ -90,7 +90,7 @@ class RowParallelLinear(nn.Module):
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Without the bias. x: (..., in_features / tp), this rank's features. Returns (..., out_features), whole."""
-        return reduce(F.linear(x, self.weight.to(x.dtype)), self.tp)
+        return reduce_from(F.linear(x, self.weight.to(x.dtype)), self.tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.project(x) + self.bias.to(x.dtype)
@@ -123,7 +123,7 @@ class VocabParallelEmbedding(nn.Module):
             rows = self.weight.sum(dtype=dtype).expand(*ids.shape, self.weight.shape[1])
         else:
             rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight).to(dtype)
-        return reduce(rows.masked_fill(elsewhere[..., None], 0.0), self.tp)
+        return reduce_from(rows.masked_fill(elsewhere[..., None], 0.0), self.tp)
 
     def cross_entropy(self, x: torch.Tensor, targets: torch.Tensor, ops) -> torch.Tensor:
         """Loss of each token with this embedding as the head. x: (N, C), whole. targets: (N,). Returns (N,) float32.
@@ -132,9 +132,9 @@ class VocabParallelEmbedding(nn.Module):
         m + log(sum over shards of exp(lse - m)).
         """
         weight = self.weight[: self.num_local_rows]
-        lse, target_logit = ops.linear_cross_entropy(copy(x, self.tp), weight, targets, self.start)
+        lse, target_logit = ops.linear_cross_entropy(copy_to(x, self.tp), weight, targets, self.start)
         if self.tp.size == 1:
             return lse - target_logit
         largest = all_reduce(lse, self.tp, dist.ReduceOp.MAX)
-        total = reduce((lse - largest).exp(), self.tp)
-        return largest + total.log() - reduce(target_logit, self.tp)
+        total = reduce_from((lse - largest).exp(), self.tp)
+        return largest + total.log() - reduce_from(target_logit, self.tp)

@@ -55,7 +55,7 @@ def exchange_outside_autograd(mesh):
     def detached(x, send_counts, receive_counts, axis):
         return collectives._all_to_all(x.detach(), send_counts, receive_counts, axis)
 
-    return patch.object(expert, "exchange", detached)
+    return patch.object(expert, "all_to_all", detached)
 
 
 def replicated_weights_seeded_per_tp_rank(mesh):
@@ -119,7 +119,7 @@ def gate_gradients_not_summed_over_tp(mesh):
 
 def bias_added_before_the_row_parallel_reduce(mesh):
     def forward(layer, x):
-        return tensor.reduce(F.linear(x, layer.weight, layer.bias), layer.tp)
+        return tensor.reduce_from(F.linear(x, layer.weight, layer.bias), layer.tp)
 
     return patch.object(tensor.RowParallelLinear, "forward", forward)
 

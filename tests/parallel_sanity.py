@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # torchrun puts this folder 
 import torch
 import torch.distributed as dist
 
-from heiretsu.parallel.collectives import copy, exchange, reduce
+from heiretsu.parallel.collectives import all_to_all, copy_to, reduce_from
 from heiretsu.parallel.mesh import AXIS_NAMES, Axis, Mesh
 from tests.torchrun import config_of, on_mesh, parser
 
@@ -51,11 +51,11 @@ def collectives(mesh: Mesh, axis: Axis) -> dict[str, str]:
     up = [values(300 + rank, 5, mesh) for rank in axis.ranks]
     me = axis.index
 
-    found = compare("copy", lambda x: copy(x, axis), same[me], up[me], same[me], sum(up))
-    found |= compare("reduce", lambda x: reduce(x, axis), same[me], up[me], sum(same), up[me])
+    found = compare("copy_to", lambda x: copy_to(x, axis), same[me], up[me], same[me], sum(up))
+    found |= compare("reduce_from", lambda x: reduce_from(x, axis), same[me], up[me], sum(same), up[me])
     there = torch.cat([x.split(counts[i])[me] for i, x in enumerate(xs)])
     home = torch.cat([g.split([row[j] for row in counts])[me] for j, g in enumerate(back)])
-    return found | compare("exchange", lambda x: exchange(x, sent, received, axis), xs[me], back[me], there, home)
+    return found | compare("all_to_all", lambda x: all_to_all(x, sent, received, axis), xs[me], back[me], there, home)
 
 
 def values(seed: int, rows: int, mesh: Mesh) -> torch.Tensor:
