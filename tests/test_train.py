@@ -18,7 +18,11 @@ import torch
 import train as train_script
 from heiretsu.data.shards import write_shard
 from heiretsu.kernels import fused
+from heiretsu.model import run_log
 from heiretsu.model.options import parse_args
+from heiretsu.parallel.engine import StepReport
+from heiretsu.parallel.mesh import abstract_mesh
+from tests.training import dataset
 
 if fused.HAS_TRITON:
     from heiretsu.kernels import launch
@@ -371,3 +375,29 @@ def test_init_from_takes_the_parameters_and_starts_anew(tmp_path):
     log = log_of(tmp_path, "second", [*EXACT, "--init_from", str(tmp_path / "a"), "--learning_rate", "1e-12"])
     straight = log_of(tmp_path, "straight", [*EXACT, "--max_iters", "4"])
     assert log[0]["step"] == 0 and log[9]["eval_loss"] == pytest.approx(straight[3]["eval_loss"], rel=1e-6)
+
+
+class SteppedIn:
+    """An engine whose every step takes half a second by the clock that it is given."""
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+
+    def __init__(self, clock: list[float]):
+        self.clock = clock
+
+    def step(self, batches) -> StepReport:
+        self.clock[0] += 0.5
+        return StepReport(2.0, 0.0, 1.0, False)
+
+
+def test_tokens_per_second_are_those_of_all_replicas(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(train_script.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(run_log, "peak_flops", lambda *_: None)
+    mesh, log = abstract_mesh(dp=2, tp=2), tmp_path / "log"
+    flags = "--dp 2 --tp 2 --batch_size 3 --grad_accum_steps 5 --max_iters 2 --eval_interval 0 --sample_tokens 0"
+    config = parse_args([*TINY, *flags.split(), "--log_file", str(log)], world_size=4)
+    data = dataset(config.model.vocab_size, config.model.block_size)
+    train_script.train(config, mesh, SteppedIn(clock), data, data)
+    # 2 replicas of 5 microbatches of 3 sequences of 16 tokens, in half a second
+    assert [json.loads(line)["tokens_per_s"] for line in log.read_text().splitlines()] == [960.0, 960.0]

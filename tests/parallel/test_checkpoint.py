@@ -118,3 +118,14 @@ def test_another_model_is_refused_with_what_differs(tmp_path):
     engine = build_engine(config, abstract_mesh(), plain)
     with pytest.raises(ValueError, match=r"another model: n_layer 4 \(this run: 2\), num_experts 4 \(this run: 0\)"):
         checkpoint.load(path, engine, json.loads(config.to_json()))
+
+
+def test_every_size_that_differs_is_refused_by_name_though_the_shapes_fit(tmp_path):
+    engine, config, path = saved(tmp_path)
+    model = config.model
+    for name, other in {"n_head": 2, "top_k": 1, "moe_freq": 4, "block_size": 4, "vocab_size": 66}.items():
+        theirs = json.loads(replace(config, model=replace(model, **{name: other})).to_json())
+        complaint = rf"another model: {name} {getattr(model, name)} \(this run: {other}\)"
+        for load in (checkpoint.load, checkpoint.load_parameters):
+            with pytest.raises(ValueError, match=complaint):
+                load(path, engine, theirs)

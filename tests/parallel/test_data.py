@@ -13,13 +13,22 @@ from tests.training import DENSE, MIXTURE, dataset, run_config
 
 
 def recorded(mesh, config, bucket_bytes):
-    """(what happened in one step, in order; number of buckets with peers): gradients accumulated and buckets sent."""
+    """(what happened in one step, in order; sizes of the buckets with peers): gradients accumulated, buckets sent and
+    waited for."""
     events = []
     real = dist.all_reduce
 
+    class Watched:
+        def __init__(self, work, size):
+            self.work, self.size = work, size
+
+        def wait(self):
+            events.append(("waited for", self.size))
+            return self.work.wait()
+
     def all_reduce(tensor, *args, **kwargs):
         events.append(("sent", tensor.numel()))
-        return real(tensor, *args, **kwargs)
+        return Watched(real(tensor, *args, **kwargs), tensor.numel())
 
     engine = build_engine(config, mesh, plain)
     averager = engine.averager = data_parallel.GradientAverager(engine.params, engine.table, bucket_bytes)
@@ -41,6 +50,8 @@ def test_each_bucket_is_sent_once_a_step_and_most_before_backward_ends(ranks):
     last_gradient = max(i for i, (kind, _) in enumerate(events) if kind == "ready")
     early = sum(kind == "sent" for kind, _ in events[:last_gradient])
     assert early >= len(sizes) // 2
+    waited = [i for i, (kind, _) in enumerate(events) if kind == "waited for"]
+    assert len(waited) == len(sizes) and waited[0] > last_gradient  # nothing stands still while backward runs
     microbatch_ends = [i for i, (kind, name) in enumerate(events) if (kind, name) == ("ready", "wte.weight")]
     assert len(microbatch_ends) == 4
     assert not any(kind == "sent" for kind, _ in events[: microbatch_ends[2]])  # nothing before the last microbatch

@@ -1,0 +1,54 @@
+"""What a model is made of before its first step, and what a step of it costs."""
+
+import math
+import re
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+import train as train_script
+from heiretsu.kernels import plain
+from heiretsu.model.build import build_engine
+from heiretsu.model.config import ModelConfig
+from heiretsu.parallel.mesh import abstract_mesh
+from tests.training import DENSE, MIXTURE, dataset, run_config
+
+# Radford et al. 2019 and its code: normals of 0.02; those that add to the residual stream, 1 / sqrt(2 n_layer) of that.
+RESIDUAL = re.compile(r"blocks\.\d\.(attn\.proj\.weight|mlp\.proj\.weight|mlp\.w2)")
+OTHERS = re.compile(r"(wte|wpe)\.weight|blocks\.\d\.(attn\.qkv\.weight|mlp\.fc\.weight|mlp\.router\.weight|mlp\.w1)")
+ONES = re.compile(r"(blocks\.\d\.ln_[12]|ln_f)\.weight")
+ZEROS = re.compile(r"(blocks\.\d\.)?(ln_[12f]|attn\.qkv|attn\.proj|mlp\.fc|mlp\.proj)\.bias|blocks\.\d\.mlp\.b[12]")
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_initial_values_are_gpt2s(num_experts):
+    model = ModelConfig(n_layer=8, n_embed=32, n_head=2, block_size=64, num_experts=num_experts)
+    params = build_engine(run_config(model), abstract_mesh(), plain).params
+    kinds = {0.02: OTHERS, 0.02 / math.sqrt(16): RESIDUAL}
+    for std, names in kinds.items():
+        drawn = {name: param[:257] for name, param in params.items() if names.fullmatch(name)}
+        for name, values in drawn.items():
+            noise = 5 * std / math.sqrt(values.numel())
+            assert abs(values.mean()) < noise and abs(values.std() - std) < noise, name
+    ones = [name for name, param in params.items() if ONES.fullmatch(name) and (param == 1).all()]
+    zeros = [name for name, param in params.items() if ZEROS.fullmatch(name) and (param == 0).all()]
+    drawn = [name for name in params if RESIDUAL.fullmatch(name) or OTHERS.fullmatch(name)]
+    assert sorted(ones + zeros + drawn) == sorted(params)
+
+
+@pytest.mark.parametrize("model", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_flops_are_those_that_torch_counts_but_for_the_future_that_attention_masks(model):
+    config = run_config(model, global_batch=2, microbatches=1)
+    engine = build_engine(config, abstract_mesh(), plain)
+    batches = train_script.read_batches(config, engine.mesh, dataset(model.vocab_size, model.block_size), 0)
+    with FlopCounterMode(display=False) as counter:
+        engine.accumulate(batches)
+    # plain multiplies all of QK^T and PV, 2 T C each a token; half of that is masked, and no work that a model needs.
+    masked = 6 * model.n_layer * model.block_size * model.n_embed
+    assert counter.get_total_flops() == config.tokens_per_step * (model.flops_per_token + masked)
+
+
+def test_flops_of_gpt2_by_hand():
+    """12 layers of 12 C^2 weights and T C of causal attention, and the head over 50257 tokens: 6 FLOPs for each."""
+    gpt2 = ModelConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embed=768)
+    assert gpt2.flops_per_token == 6 * (12 * (12 * 768**2 + 1024 * 768) + 50257 * 768) == 797_815_296
