@@ -113,8 +113,8 @@ def dx_all_reduce_left_out(mesh):
 
 
 def gate_gradients_not_summed_over_tp(mesh):
-    real = moe.copy
-    return patch.object(moe, "copy", lambda x, axis: x if x.shape[-1] == MIXTURE.top_k else real(x, axis))
+    real = moe.copy_to
+    return patch.object(moe, "copy_to", lambda x, axis: x if x.shape[-1] == MIXTURE.top_k else real(x, axis))
 
 
 def bias_added_before_the_row_parallel_reduce(mesh):
