@@ -11,6 +11,7 @@ gradient that it is given. (Shoeybi et al. 2019, arXiv:1909.08053, calls the fir
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ def all_reduce(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.R
     """A new tensor, reduced over the axis. Not differentiable: for statistics and inside backward passes."""
     out = x.detach().clone(memory_format=torch.contiguous_format)
     if axis.size > 1:
-        with region(f"all-reduce {axis.name}"):
+        with region(f"all-reduce {axis.name}", waits=True):
             dist.all_reduce(out, op=op, group=axis.group)
     return out
 
@@ -36,7 +37,19 @@ def sum_numbers(numbers: Sequence[float], axis: Axis, device: torch.device) -> l
     """
     if axis.size == 1:
         return list(numbers)
-    return all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device), axis).tolist()
+    sums = all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device), axis)
+    with region(f"all-reduce {axis.name}", waits=True):  # a GPU's is waited for here
+        return sums.tolist()
+
+
+def gather_objects(value: Any, axis: Axis) -> list:
+    """Every rank's value, in the axis's order. Pickled: for what is rare and small."""
+    if axis.size == 1:
+        return [value]
+    values: list = [None] * axis.size
+    with region(f"gather over {axis.name}", waits=True):
+        dist.all_gather_object(values, value, group=axis.group)
+    return values
 
 
 class _CopyTo(torch.autograd.Function):
@@ -74,7 +87,7 @@ class _AllToAll(torch.autograd.Function):
 
 def _all_to_all(x, send_counts, receive_counts, axis):
     out = x.new_empty((sum(receive_counts), *x.shape[1:]))
-    with region(f"all-to-all {axis.name}"):
+    with region(f"all-to-all {axis.name}", waits=True):
         dist.all_to_all_single(out, x.contiguous(), receive_counts, send_counts, group=axis.group)
     return out
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from heiretsu.parallel.mesh import Axis
 from heiretsu.parallel.placement import Placement, Table
+from heiretsu.parallel.profiling import region
 
 BUCKET_BYTES = 25 * 2**20  # as large as hides the latency, as small as lets the first leave early (Li et al. 2020)
 
@@ -82,7 +83,8 @@ class GradientAverager:
         self._due = {}
         for bucket in self.buckets:
             if bucket.work is not None:
-                bucket.work.wait()
+                with region(f"all-reduce {bucket.axis.name}", waits=True):
+                    bucket.work.wait()
                 bucket.work = None
             divisor = self.table[bucket.names[0]].divisor
             if divisor > 1:
@@ -90,7 +92,8 @@ class GradientAverager:
         for name, param in self.params.items():
             axis = self.table[name].tied_axis
             if axis is not None:
-                dist.all_reduce(param.grad, group=axis.group)
+                with region(f"all-reduce {axis.name}", waits=True):
+                    dist.all_reduce(param.grad, group=axis.group)
 
     def scale(self, factor: float) -> None:
         """Multiply every gradient."""

@@ -77,6 +77,7 @@ class _InFlight:
     out: StageOutput | None = None
     grad_out: torch.Tensor | None = None
     arriving: dist.Work | None = None
+    receive: str = ""  # which receive, for the record of what this rank waits in
 
     def forward(self, stage: nn.Module, batch: Microbatch) -> None:
         self._arrived()
@@ -96,7 +97,8 @@ class _InFlight:
 
     def _arrived(self) -> None:
         if self.arriving is not None:
-            self.arriving.wait()
+            with region(self.receive, waits=True):
+                self.arriving.wait()
             self.arriving = None
 
 
@@ -121,10 +123,11 @@ def run_schedule(
         kind, microbatch, stage = action
         flight = flights.setdefault((microbatch, stage), _InFlight())
         batch = batches[microbatch]
-        with region(str(action)):
+        with region(str(action), words=action.words):
             match kind:
                 case Kind.RECV_FORWARD:
                     flight.hidden_in, flight.arriving = _receive(batch, hidden_size, hidden_dtype, mesh.pp, kind)
+                    flight.receive = action.words
                 case Kind.FORWARD:
                     if mesh.pp.size == 1 and stage > 0:  # from the stage before, on this rank
                         flight.hidden_in = flights[microbatch, stage - 1].out.hidden.detach()
@@ -134,6 +137,7 @@ def run_schedule(
                     sends.start(flight.out.hidden.detach(), mesh.pp, kind)
                 case Kind.RECV_BACKWARD:
                     flight.grad_out, flight.arriving = _receive(batch, hidden_size, hidden_dtype, mesh.pp_back, kind)
+                    flight.receive = action.words
                 case Kind.BACKWARD:
                     if mesh.pp.size == 1 and stage < last_stage:
                         flight.grad_out = flights[microbatch, stage + 1].hidden_in.grad
@@ -166,4 +170,5 @@ class _Sends:
 
     def wait(self) -> None:
         for work, _ in self.pending:
-            work.wait()
+            with region("wait for sends", waits=True):
+                work.wait()

@@ -1,7 +1,7 @@
 """Where a step's time goes: torch.profiler over a few steps, with the names that the library gives its regions.
 
 `region` marks schedule actions and collectives; the kernels are there by their own names. Traces open in Perfetto or
-chrome://tracing, one for each rank.
+chrome://tracing, one for each rank. The same regions keep the record of what a rank is doing (`activity.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,27 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from heiretsu.parallel.activity import ACTIVITY
 from heiretsu.parallel.mesh import Mesh
 
-region = record_function  # with region("all-reduce tp"): ...
+
+class region:
+    """`with region("all-reduce tp", waits=True): ...`: a name in the traces, and in the record of what a rank is doing.
+
+    waits: whether this rank needs others in it. words: its name in the record, if that is to be longer.
+    """
+
+    def __init__(self, name: str, waits: bool = False, words: str = ""):
+        self.mark, self.words, self.waits = record_function(name), words or name, waits
+
+    def __enter__(self) -> None:
+        ACTIVITY.enter(self.words, self.waits)
+        self.mark.__enter__()
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.mark.__exit__(kind, error, trace)
+        ACTIVITY.leave(error)
+
 
 WARMUP_STEPS, PROFILED_STEPS = 2, 3
 

@@ -15,6 +15,7 @@ from torch import nn
 from heiretsu.parallel.collectives import all_reduce, copy_to, reduce_from
 from heiretsu.parallel.mesh import Axis, Mesh
 from heiretsu.parallel.placement import Spec, declare, shard_bounds
+from heiretsu.parallel.profiling import region
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -32,7 +33,8 @@ class _ColumnLinear(torch.autograd.Function):
         dx = dy @ weight  # (..., C), partial sum over tp
         pending = dist.all_reduce(dx, group=ctx.axis.group, async_op=True)
         dweight = dy.flatten(0, -2).T @ x.flatten(0, -2)
-        pending.wait()
+        with region(f"all-reduce {ctx.axis.name}", waits=True):
+            pending.wait()
         return dx, dweight, None
 
 

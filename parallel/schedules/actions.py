@@ -24,6 +24,17 @@ class Kind(enum.Enum):
     RECV_BACKWARD = "recv B"
 
 
+_WORDS = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.BACKWARD_INPUT: "input gradient",
+    Kind.BACKWARD_WEIGHT: "weight gradient",
+    Kind.SEND_FORWARD: "send of activations",
+    Kind.RECV_FORWARD: "receive of activations",
+    Kind.SEND_BACKWARD: "send of gradients",
+    Kind.RECV_BACKWARD: "receive of gradients",
+}
+
 FORWARD, BACKWARD = Kind.FORWARD, Kind.BACKWARD
 BACKWARD_INPUT, BACKWARD_WEIGHT = Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 SEND_FORWARD, RECV_FORWARD = Kind.SEND_FORWARD, Kind.RECV_FORWARD
@@ -45,6 +56,11 @@ class Action(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind.value}{self.microbatch}.{self.stage}"
+
+    @property
+    def words(self) -> str:
+        """Spelt out, for messages: "backward of microbatch 3 in stage 1"."""
+        return f"{_WORDS[self.kind]} of microbatch {self.microbatch} in stage {self.stage}"
 
 
 Schedule = list[list[Action]]  # [rank][step]

@@ -1,0 +1,43 @@
+"""Which rank is slow: each rank's own time in a step, waiting left out, against that of the others."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from heiretsu.parallel.mesh import Mesh, abstract_mesh
+
+SLOW, IN_A_ROW = 2.0, 10  # so far above the median, for so many steps, is worth a line
+
+
+class Stragglers:
+    """Compares a rank with those of its own pipeline stage, since stages differ by design; with all where it is alone.
+
+    hosts are not known here: the line names the rank and its coordinates.
+    """
+
+    def __init__(self, mesh: Mesh):
+        sizes = [mesh.dp.size, mesh.ep.size, mesh.pp.size, mesh.tp.size]
+        self.meshes = [abstract_mesh(*sizes, rank=rank) for rank in range(mesh.world.size)]
+        stages = [[m.rank for m in self.meshes if m.pp.index == stage] for stage in range(mesh.pp.size)]
+        everyone = list(range(mesh.world.size))
+        self.peers = [stages[m.pp.index] if len(stages[m.pp.index]) > 1 else everyone for m in self.meshes]
+        self.suspect, self.count = -1, 0
+
+    def update(self, compute_s: Sequence[float]) -> tuple[dict[str, float], str]:
+        """A step's times by rank. Returns what the log gets, and a line where one rank has long been slow, else ""."""
+        if len(compute_s) == 1:
+            return {}, ""
+        medians = [statistics.median_low([compute_s[peer] for peer in peers]) for peers in self.peers]
+        ratios = [own / max(median, 1e-9) for own, median in zip(compute_s, medians, strict=True)]
+        slowest = max(range(len(ratios)), key=ratios.__getitem__)
+        ratio = ratios[slowest]
+        self.count = self.count + 1 if slowest == self.suspect and ratio >= SLOW else int(ratio >= SLOW)
+        self.suspect = slowest
+        line = ""
+        if self.count == IN_A_ROW:
+            line = (
+                f"slow: {self.meshes[slowest].coordinates()} took {ratio:.1f} times the median of its stage for its own "
+                f"part of each of the last {IN_A_ROW} steps, {1000 * compute_s[slowest]:.0f} ms in the last"
+            )
+        return {"slowest_rank": slowest, "slowest_over_median": round(ratio, 3)}, line
