@@ -4,6 +4,7 @@ Sample i of step s is the same window of text whoever reads it: one process or e
 a first run or in a resumed one. So the reader has no position to save and no generator to synchronise.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 
@@ -17,6 +18,8 @@ from heiretsu.data.tokenizer import load_tokenizer
 
 _FULL_SCAN_TOKENS = 2**30  # up to 2 GB of shards are checked whole before the run starts, in 0.1 s if cached
 _PART_SCAN_TOKENS = 2**20  # of each shard of a larger set; every window is checked again when it is read
+_FULL_DIGEST_TOKENS = 2**24  # 32 MB, a tenth of a second
+_DIGEST_PIECE = 2**15
 _64_BITS = 2**64 - 1
 
 
@@ -60,6 +63,18 @@ class TokenDataset:
         self._starts_end = np.cumsum(lengths - block_size)  # start positions in the shards up to and including this one
         self._windows_end = np.cumsum((lengths - 1) // block_size)  # non-overlapping windows, likewise
         self.num_windows = int(self._windows_end[-1])
+
+    def digest(self) -> str:
+        """Of the shards' file names, lengths and tokens: of all of them up to _FULL_DIGEST_TOKENS, of pieces spread over
+        each shard beyond."""
+        digest, whole = hashlib.sha256(), self.num_tokens <= _FULL_DIGEST_TOKENS
+        for name, shard in zip(self.names, self._shards, strict=True):
+            digest.update(f"{os.path.basename(name)} {len(shard)}\0".encode())
+            last = max(0, len(shard) - _DIGEST_PIECE)
+            for start in [0] if whole else sorted({last * i // 7 for i in range(8)}):
+                piece = shard if whole else shard[start : start + _DIGEST_PIECE]
+                digest.update(np.ascontiguousarray(piece).tobytes())
+        return digest.hexdigest()[:16]
 
     def batch(self, step: int, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples `indices` of step `step`: inputs and targets, each (len(indices), block_size) int64 on the CPU.

@@ -31,7 +31,9 @@ class Activity:
         self.places: list[Place] = []
         self.moves = 0
         self.waited_s = 0.0
-        self._failed: tuple[int, str] = (0, "")  # which exception, and where it was raised
+        self.failed_waiting = False  # whether the last exception came out of a region that waits
+        self._failed: tuple[int, str] = (0, "")  # that exception's id, and where it was raised
+        self._left = "the start"
 
     def enter(self, name: str, waits: bool) -> None:
         self.moves += 1
@@ -40,18 +42,21 @@ class Activity:
     def leave(self, error: BaseException | None) -> None:
         if error is not None and self._failed[0] != id(error):
             self._failed = id(error), self.where()
+            self.failed_waiting = any(place.waits for place in self.places)
         place = self.places.pop()
         self.moves += 1
         if place.waits and not any(outer.waits for outer in self.places):
             self.waited_s += time.monotonic() - place.since
+        if not self.places:
+            self._left = self._failed[1] if error is not None else f"what follows {place.name}"
 
     def where(self) -> str:
         """In words, innermost first: "all-reduce tp / backward of microbatch 3 / step 17"."""
         return " / ".join(place.name for place in reversed(list(self.places)))
 
     def last_place(self) -> str:
-        """Where it is, or was when the exception was raised that has since left all regions."""
-        return self.where() or self._failed[1] or "no step"
+        """Where it is; outside of all regions, which it left last, or where the exception was raised that left it."""
+        return self.where() or self._left
 
     def waiting_s(self) -> float:
         """Seconds for which it has been waiting for other ranks without a break; 0 if it is not."""

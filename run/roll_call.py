@@ -1,0 +1,196 @@
+"""The roll call: all ranks report to rank 0 before they do anything together.
+
+A rank that does not come, cannot run, was started differently or does not see the folder where the run is saved is
+named, on every rank, while no collective exists that could wait for it. Ranks find rank 0 by the store that torchrun
+gives them. After a restart that store still holds what the last generation of ranks wrote, addresses of dead
+processes among it: so everything is asked again until a living rank 0 answers, and what torch keeps there goes under a
+prefix of this generation's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from heiretsu.run.lines import Line, connect, listen, own_address
+
+_KEY = "heiretsu/roll call"
+_CONNECT_S = 5.0
+_VISIBLE_S = 10.0  # for a file to be seen on another node: file systems keep what they have heard for a few seconds
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank brings to the roll call. facts: JSON, compared with those of the others. refused: why it cannot run,
+    if so. folder: where the run is saved, if anywhere; all ranks must see the same one."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    refused: str = ""
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What comes of it. hosts: by rank. lines: to the other ranks, on rank 0; to rank 0, on the others. refused: one
+    line if the run cannot be."""
+
+    rank: int
+    hosts: list[str]
+    lines: dict[int, Line]
+    token: str
+    refused: str
+
+
+def assemble(
+    rank: int, world_size: int, timeout: float, mine: Report, disagreement: Callable[[Sequence[dict]], str]
+) -> tuple[Assembly, dist.Store]:
+    """This rank's part in the roll call, and the store for the process group, with this generation's prefix.
+
+    disagreement: says of all ranks' facts, by rank, how they differ; "" if they do not. Raises ValueError if rank 0 or
+    the store does not answer within timeout seconds.
+    """
+    deadline = time.monotonic() + timeout
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))[0]
+        if rank == 0:
+            assembly = _call(store, world_size, deadline, timeout, mine, disagreement)
+        else:
+            assembly = _answer(store, rank, deadline, timeout, mine)
+    except dist.DistError as error:
+        raise ValueError(
+            f"rank {rank} on {socket.gethostname()} did not find rank 0 by the store at {where} within {timeout:.0f} s "
+            f"(--timeout): {str(error).splitlines()[0]}"
+        ) from error
+    return assembly, dist.PrefixStore(assembly.token, store)
+
+
+def _call(store, world_size, deadline, timeout, mine, disagreement) -> Assembly:
+    """Rank 0: wait for all, compare, answer."""
+    token, host = secrets.token_hex(8), socket.gethostname()
+    present: dict[int, tuple[Line, dict]] = {}
+    with listen() as door, _mark(mine.folder, token) as refused, selectors.DefaultSelector() as selector:
+        selector.register(door, selectors.EVENT_READ)
+        addresses = [own_address(os.environ.get("MASTER_ADDR", host)), os.environ.get("MASTER_ADDR", host), host]
+        store.set(_KEY, json.dumps({"token": token, "addresses": addresses, "port": door.getsockname()[1]}))
+        while len(present) < world_size - 1 and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(timeout=left):
+                if key.fileobj is door:
+                    line = Line(door.accept()[0])
+                    selector.register(line.sock, selectors.EVENT_READ, line)
+                    continue
+                messages, stands = key.data.receive()
+                for hello in messages:
+                    if hello.get("token") == token:
+                        present[hello["rank"]] = key.data, hello
+                if not stands:
+                    selector.unregister(key.fileobj)
+                    present = {rank: (line, hello) for rank, (line, hello) in present.items() if line is not key.data}
+    hosts = [host] + [present[rank][1]["host"] if rank in present else "?" for rank in range(1, world_size)]
+    refused = refused or mine.refused or _first_refusal(present, hosts)
+    if absent := [rank for rank in range(1, world_size) if rank not in present]:
+        refused = refused or f"rank {', '.join(map(str, absent))} did not come within {timeout:.0f} s (--timeout)"
+    refused = refused or disagreement([mine.facts] + [present[rank][1]["facts"] for rank in sorted(present)])
+    refused = refused or _first_blind(present, hosts)
+    lines = {rank: line for rank, (line, _) in present.items()}
+    for line in lines.values():
+        line.send({"token": token, "hosts": hosts, "refused": refused})
+    for line in lines.values():
+        line.flush(_CONNECT_S)
+    return Assembly(0, hosts, lines, token, refused)
+
+
+def _first_refusal(present: dict[int, tuple[Line, dict]], hosts: list[str]) -> str:
+    for rank, (_, hello) in sorted(present.items()):
+        if hello["refused"]:
+            return f"rank {rank} on {hosts[rank]}: {hello['refused']}"
+    return ""
+
+
+def _first_blind(present: dict[int, tuple[Line, dict]], hosts: list[str]) -> str:
+    for rank, (_, hello) in sorted(present.items()):
+        if not hello["sees"]:
+            return (
+                f"rank {rank} on {hosts[rank]} does not see what rank 0 on {hosts[0]} wrote into --checkpoint_dir "
+                f"{hello['folder']}: all ranks need one folder on a file system that they share"
+            )
+    return ""
+
+
+def _answer(store, rank, deadline, timeout, mine) -> Assembly:
+    """The other ranks: find rank 0, report, hear."""
+    while time.monotonic() < deadline:
+        place = json.loads(store.get(_KEY))  # perhaps the last generation's, whose rank 0 does not answer any more
+        line = connect(place["addresses"], place["port"], _CONNECT_S)
+        if line is not None:
+            hello = {"token": place["token"], "rank": rank, "host": socket.gethostname(), "facts": mine.facts}
+            sees = _sees(mine.folder, place["token"])
+            line.send({**hello, "refused": mine.refused, "sees": sees, "folder": mine.folder})
+            heard = _wait_for(line, deadline)
+            if heard is not None and heard.get("token") == place["token"]:
+                return Assembly(rank, heard["hosts"], {0: line}, place["token"], heard["refused"])
+            line.close()
+        time.sleep(0.1)
+    raise ValueError(f"rank {rank} on {socket.gethostname()}: rank 0 did not answer within {timeout:.0f} s (--timeout)")
+
+
+def _wait_for(line: Line, deadline: float) -> dict | None:
+    """The first message; None if the connection ends before, or time does."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(line.sock, selectors.EVENT_READ)
+        while (left := deadline + _CONNECT_S - time.monotonic()) > 0:
+            line.flush(0.1)
+            selector.select(timeout=min(left, 1.0))
+            messages, stands = line.receive()
+            if messages:
+                return messages[0]
+            if not stands:
+                return None
+    return None
+
+
+@contextlib.contextmanager
+def _mark(folder: str | None, token: str):
+    """A file in the folder for as long as the block runs, for others to see. Gives why it could not be made, or ""."""
+    if folder is None:
+        yield ""
+        return
+    path = _mark_path(folder, token)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        why = ""
+    except OSError as error:
+        why = f"--checkpoint_dir {folder}: {error.strerror}"
+    try:
+        yield why
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _sees(folder: str | None, token: str) -> bool:
+    deadline = time.monotonic() + _VISIBLE_S
+    while folder is not None and not _mark_path(folder, token).exists():
+        if time.monotonic() > deadline:
+            return False
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # makes a network file system ask again
+        time.sleep(0.2)
+    return True
+
+
+def _mark_path(folder: str, token: str) -> Path:
+    return Path(folder) / f".roll-call-{token}"
