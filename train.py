@@ -21,10 +21,7 @@ CONFIG = parse_args() if __name__ == "__main__" else None
 import json
 import math
 import os
-import signal
-import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -42,19 +39,25 @@ from heiretsu.model.run_log import RunLog
 from heiretsu.model.saved import newest
 from heiretsu.model.tuning import kernel_calls
 from heiretsu.parallel import checkpoint
-from heiretsu.parallel.collectives import all_reduce
 from heiretsu.parallel.engine import Engine
-from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
+from heiretsu.parallel.mesh import Mesh, make_mesh
 from heiretsu.parallel.pipeline import Microbatch
 from heiretsu.parallel.profiling import StepProfiler
+from heiretsu.parallel.replicas import first_difference
+from heiretsu.run.agreement import facts
 from heiretsu.run.hosts import gather_hosts, placed_rank
 from heiretsu.run.interfaces import use_interface
+from heiretsu.run.roll_call import Report
+from heiretsu.run.stop import Stop
+from heiretsu.run.stragglers import Stragglers
+from heiretsu.run.together import together
 
 if fused.HAS_TRITON:
     from heiretsu.kernels import autotune, launch
 
 
 def main(config: RunConfig) -> None:
+    rank, backend = placed_rank(os.environ, config.ep, config.pp, config.tp), ""
     try:
         device = find_device(config)
         backend = config.backend_on(device.type)
@@ -75,10 +78,11 @@ def main(config: RunConfig) -> None:
             config.vocab_dir,
         )
         use_interface(backend, os.environ)
+        runs_on, data = f"{backend} on {device.type}", (train_data, val_data)
+        report = Report(facts(config, as_json(config), runs_on, data, resume_from), folder=config.checkpoint_dir)
     except ValueError as error:
-        refuse(error)
-    rank, timeout = placed_rank(os.environ, config.ep, config.pp, config.tp), timedelta(seconds=config.timeout)
-    with process_groups(backend, config.num_ranks, rank=rank, timeout=timeout):
+        report = Report(refused=str(error))
+    with together(config, backend, rank, report):
         run(config, device, kernels, train_data, val_data, resume_from)
 
 
@@ -179,56 +183,41 @@ def train(
 ) -> None:
     """The loop: a step, its log line, and now and then an evaluation or a checkpoint."""
     tokenizer = find_tokenizer(config, mesh)  # now, so that nothing is learned at the end of a long run
-    log, stop = RunLog(config, mesh, first_step), StopSignal(mesh, can_save=config.checkpoint_dir is not None)
+    log, stop, ending = RunLog(config, mesh, first_step), Stop(config), None
+    stragglers = Stragglers(mesh)
     with StepProfiler(config.profile, mesh, config.memory_snapshot) as profiler:
         for step in range(first_step, config.max_iters):
             began = time.perf_counter()
             lr = learning_rate(config, step)
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
-            report = engine.step(read_batches(config, mesh, train_data, step))
+            report = engine.step(read_batches(config, mesh, train_data, step), stop.note)
             seconds = time.perf_counter() - began
             last = step + 1 == config.max_iters
             record = {"step": step, "loss": report.loss, "aux_loss": report.aux_loss, "grad_norm": report.grad_norm}
             record |= {"lr": lr, "skipped": report.skipped, "loss_scale": report.loss_scale}
             record["tokens_per_s"] = config.tokens_per_step / seconds
+            record |= stragglers.update(report.compute_s)
             if config.eval_interval and ((step + 1) % config.eval_interval == 0 or last):
                 record |= evaluate(config, mesh, engine, val_data)
             log.write(record, report)
-            if table := profiler.step():
-                log.say(table)
-            stopped = stop.asked()
-            if stopped or (config.save_interval and ((step + 1) % config.save_interval == 0 or last)):
+            for line in (stragglers.line, profiler.step()):
+                if line:
+                    log.say(line)
+            check = config.check_replicas and (step + 1) % config.check_replicas == 0
+            ending = stop.after(report, first_difference(engine) if check else "")
+            due = config.save_interval and ((step + 1) % config.save_interval == 0 or last)
+            if ending.saves if ending else due:
                 path = checkpoint.save(config.checkpoint_dir, step + 1, engine, as_json(config), config.keep)
                 log.say(f"saved {path}")
-            if stopped:
-                log.say("stopped by SIGTERM: go on with --resume auto")
+            if ending:
+                log.say(ending.why)
                 break
     log.close()
-    if tokenizer is not None and not stop.received:
+    if ending is not None and ending.status:
+        sys.exit(ending.status)
+    if tokenizer is not None and ending is None:
         print(sample(config, engine, tokenizer), flush=True)
-
-
-class StopSignal:
-    """SIGTERM, which a cluster sends before it takes a machine away: asked for by one rank, answered by all.
-
-    Without a folder to save to there is nothing to finish, and SIGTERM ends the process as it always does.
-    """
-
-    def __init__(self, mesh: Mesh, can_save: bool):
-        self.mesh, self.can_save, self.received = mesh, can_save, False
-        if can_save and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_) -> None:
-        self.received = True
-
-    def asked(self) -> bool:
-        """True on every rank once any rank has received it. A collective: all ranks ask after the same step."""
-        if not self.can_save:
-            return False
-        flag = torch.tensor(int(self.received), device=self.mesh.device)
-        return bool(all_reduce(flag, self.mesh.world) > 0)
 
 
 def learning_rate(config: RunConfig, step: int) -> float:

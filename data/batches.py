@@ -65,8 +65,7 @@ class TokenDataset:
         self.num_windows = int(self._windows_end[-1])
 
     def digest(self) -> str:
-        """Of the shards' file names, lengths and tokens: of all of them up to _FULL_DIGEST_TOKENS, of pieces spread over
-        each shard beyond."""
+        """Of the shards' file names, lengths and tokens: all of a small set, pieces of a large one's."""
         digest, whole = hashlib.sha256(), self.num_tokens <= _FULL_DIGEST_TOKENS
         for name, shard in zip(self.names, self._shards, strict=True):
             digest.update(f"{os.path.basename(name)} {len(shard)}\0".encode())

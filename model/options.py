@@ -40,6 +40,8 @@ class RunConfig:
     batch_size: int
     grad_accum_steps: int
     max_iters: int
+    max_skips: int
+    check_replicas: int
     eval_interval: int
     eval_iters: int
     learning_rate: float
@@ -187,8 +189,9 @@ def check(config: RunConfig, world_size: int) -> None:
 
 def _check_ranges(config: RunConfig) -> None:
     at_least = {
-        1: "batch_size grad_accum_steps max_iters eval_iters dp ep pp tp virtual_stages keep loss_scale_window".split(),
-        0: "eval_interval warmup_iters weight_decay grad_clip save_interval sample_tokens".split(),
+        1: "batch_size grad_accum_steps max_iters max_skips eval_iters dp ep pp tp virtual_stages keep "
+        "loss_scale_window".split(),
+        0: "eval_interval check_replicas warmup_iters weight_decay grad_clip save_interval sample_tokens".split(),
     }
     for low, names in at_least.items():
         for name in names:
@@ -282,6 +285,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--max_iters", type=int, default=1000, help="optimizer steps")
+    add("--max_skips", type=int, default=50, help="steps skipped in a row, for numbers not finite, that end the run")
+    add("--check_replicas", type=int, default=0, help="steps between comparisons of what ranks hold alike; 0: none")
     add("--grad_accum_steps", type=int, default=1, help="microbatches of a step; with --pp, what fills the pipeline")
     add("--learning_rate", type=float, default=1e-3)
     add("--warmup_iters", type=int, default=0, help="steps of linear warm-up")

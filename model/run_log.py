@@ -73,7 +73,7 @@ class RunLog:
         if self.bar is not None:
             self.bar.set_postfix_str(brief, refresh=False)
             self.bar.update()
-        skipped = ", skipped: a gradient was not finite" if report.skipped else ""
+        skipped = f", skipped: {report.not_finite}" if report.skipped else ""
         evaluated = f", validation loss {record['eval_loss']:.4f}" if "eval_loss" in record else ""
         if "eval_bits_per_byte" in record:
             evaluated += f" ({record['eval_bits_per_byte']:.3f} bits per byte)"

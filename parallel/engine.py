@@ -133,7 +133,9 @@ class Engine:
             return "the gradient's norm overflowed"
         seen = ", ".join(str(rank) for rank, (where, _) in enumerate(found) if where == first)
         lost = ", ".join(str(rank) for rank, (_, finite) in enumerate(found) if not finite)
-        return f"the gradient of {first[2]} was not finite (rank {seen})" + (f", nor the loss (rank {lost})" * bool(lost))
+        return f"the gradient of {first[2]} was not finite (rank {seen})" + (
+            f", nor the loss (rank {lost})" * bool(lost)
+        )
 
     def _apply(self, norm: float) -> None:
         factor = min(1.0, self.grad_clip / (norm + 1e-6)) if self.grad_clip > 0 else 1.0

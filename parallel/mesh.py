@@ -74,17 +74,17 @@ def process_groups(backend: str, world_size: int, **options) -> Iterator[None]:
 
     Call a function in the block that does the work, so that nothing holds a mesh when the block ends. Only then are
     gloo's threads joined, and they must be: one that frees the tensors of the last collective while the interpreter
-    shuts down aborts the process, after all its work was done. options: those of init_process_group.
+    shuts down aborts the process, after all its work was done. A block that raises leaves the groups as they are: to
+    destroy them may wait for ranks that never answer, and what was raised must be seen. options: those of
+    init_process_group.
     """
     if world_size == 1:
         yield
         return
     dist.init_process_group(backend, world_size=world_size, **options)
-    try:
-        yield
-    finally:
-        gc.collect()  # an engine and its parameters' hooks refer to each other, and to the mesh
-        dist.destroy_process_group()
+    yield
+    gc.collect()  # an engine and its parameters' hooks refer to each other, and to the mesh
+    dist.destroy_process_group()
 
 
 def make_mesh(dp: int = 1, ep: int = 1, pp: int = 1, tp: int = 1, device: str | torch.device = "cpu") -> Mesh:

@@ -14,6 +14,7 @@ import torch
 from heiretsu.parallel.collectives import sum_numbers
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.placement import Table
+from heiretsu.parallel.profiling import region
 
 PIECE = 1024  # elements whose squares are added up in one go
 
@@ -43,7 +44,8 @@ def gradient_norm(grads: dict[str, torch.Tensor], table: Table, mesh: Mesh) -> f
     Each element counts once, on the rank that the table calls its owner; NaN or inf anywhere, or a square that
     overflows, makes it NaN everywhere.
     """
-    norms = torch.stack([two_norm(grad) for grad in grads.values()]).tolist()
+    with region("norms of the gradients", waits=mesh.device.type == "cuda"):  # for all that was launched before
+        norms = torch.stack([two_norm(grad) for grad in grads.values()]).tolist()
     owned = sum(norm * norm for name, norm in zip(grads, norms, strict=True) if table[name].is_owner)
     bad = float(sum(not math.isfinite(norm) for norm in norms))
     total, bad = sum_numbers([owned, bad], mesh.world, mesh.device)

@@ -1,4 +1,4 @@
-"""What all ranks of a run must have alike, and how a difference is said: flags, code, data, the checkpoint to resume."""
+"""What all ranks of a run must have alike, and how a difference is said: flags, code, data, checkpoint."""
 
 from __future__ import annotations
 
@@ -23,14 +23,19 @@ _OWN_TO_A_RANK = {"data_dir", "vocab_dir", "log_file", "profile", "checkpoint_di
 _SOURCES = (heiretsu.data, heiretsu.kernels, heiretsu.model, heiretsu.parallel, heiretsu.run)
 
 
-def facts(config: RunConfig, flags: dict[str, Any], data: Sequence[TokenDataset], resumes_from: Path | None) -> dict:
+def facts(
+    config: RunConfig, flags: dict[str, Any], runs_on: str, data: Sequence[TokenDataset], resumes_from: Path | None
+) -> dict[str, Any]:
     """What this rank brings to the roll call, as {what it is called in a message: value}.
 
-    flags: the configuration as JSON has it, the model's sizes under "model".
+    flags: the configuration as JSON has it, the model's sizes under "model". runs_on: backend and device.
     """
-    flat = {name: value for name, value in {**flags, **flags["model"]}.items() if name not in _OWN_TO_A_RANK | {"model"}}
+    flat = {
+        name: value for name, value in {**flags, **flags["model"]}.items() if name not in _OWN_TO_A_RANK | {"model"}
+    }
     return {
         **{f"--{name}": value for name, value in flat.items()},
+        "messages and device": runs_on,
         "code": code_digest(),
         "torch": torch.__version__,
         "data": ", ".join(dataset.digest() for dataset in data),

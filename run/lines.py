@@ -63,7 +63,7 @@ class Line:
 
 
 def own_address(towards: str) -> str:
-    """The address of this machine that one which reaches it by the name `towards`, or lies in that direction, can use."""
+    """This machine's address on the network where `towards`, another machine or this one, is found."""
     with contextlib.suppress(OSError):
         family, *_, address = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

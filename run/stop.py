@@ -1,28 +1,43 @@
-"""Signals that ask a run to stop: the step is finished, a checkpoint saved, and the run ends."""
+"""Why a run ends before its last step, on all ranks alike: a signal, numbers that stay bad, replicas that differ."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from dataclasses import dataclass
 from types import FrameType
 
-SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "Ctrl-C"}
+from heiretsu.model.options import RunConfig
+from heiretsu.parallel.engine import StepReport
+from heiretsu.run.watch import GAVE_UP
+
+_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "Ctrl-C"}
 
 
-class StopSignal:
-    """What this process was asked; one rank's number, told to the others with a step's sums, stops all of them.
+@dataclass(frozen=True)
+class Ending:
+    """why: a line for the log. status: of the processes. saves: whether what the run has come to is worth keeping."""
 
-    A cluster sends SIGTERM before it takes a machine away, Slurm what its --signal names. A second Ctrl-C ends the
-    process at once. One process that has nowhere to save has nothing to finish: SIGTERM and SIGUSR1 end it as ever.
+    why: str
+    status: int
+    saves: bool
+
+
+class Stop:
+    """Signals and numbers that end a run. One rank's signal reaches the others with a step's sums (`note`).
+
+    A cluster sends SIGTERM before it takes a machine away, Slurm what its --signal names: the step is finished, a
+    checkpoint saved, status 0. A second Ctrl-C ends the process at once. One process that has nowhere to save has
+    nothing to finish: SIGTERM and SIGUSR1 end it as ever.
     """
 
-    def __init__(self, can_save: bool, num_ranks: int):
-        self.received = 0
+    def __init__(self, config: RunConfig):
+        self.config, self.received, self.skips = config, 0, 0
+        self.can_save = config.checkpoint_dir is not None
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in SIGNALS if can_save or num_ranks > 1 else [signal.SIGINT]:
+        for number in _SIGNALS if self.can_save or config.num_ranks > 1 else [signal.SIGINT]:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs want it
                 signal.signal(number, self._receive)
 
@@ -36,7 +51,18 @@ class StopSignal:
         """For `Engine.step`, which asks at the end of the step."""
         return self.received
 
-
-def stopped_by(notes: Iterable[int]) -> int:
-    """The signal that any rank has received; 0 for none. notes: of a step's report."""
-    return next((note for note in notes if note), 0)
+    def after(self, report: StepReport, differing: str = "") -> Ending | None:
+        """How the run ends after this step, if it does. differing: what `first_difference` found."""
+        self.skips = self.skips + 1 if report.skipped else 0
+        if differing:
+            return Ending(f"replicas differ: {differing}; nothing is saved of it", GAVE_UP, saves=False)
+        if self.skips == self.config.max_skips:
+            why = f"{self.skips} steps in a row were skipped (--max_skips): the last because {report.not_finite}"
+            return Ending(why, GAVE_UP, self.can_save)
+        number = next((note for note in report.notes if note), 0)
+        if not number:
+            return None
+        why = f"stopped by {_SIGNALS[signal.Signals(number)]}"
+        if self.can_save:
+            return Ending(f"{why}: go on with --resume auto", 0, saves=True)
+        return Ending(f"{why}: nothing is saved without --checkpoint_dir", 128 + number, saves=False)

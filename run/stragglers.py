@@ -11,10 +11,7 @@ SLOW, IN_A_ROW = 2.0, 10  # so far above the median, for so many steps, is worth
 
 
 class Stragglers:
-    """Compares a rank with those of its own pipeline stage, since stages differ by design; with all where it is alone.
-
-    hosts are not known here: the line names the rank and its coordinates.
-    """
+    """Compares a rank with those of its own pipeline stage, as stages differ by design; with all where it is alone."""
 
     def __init__(self, mesh: Mesh):
         sizes = [mesh.dp.size, mesh.ep.size, mesh.pp.size, mesh.tp.size]
@@ -22,22 +19,22 @@ class Stragglers:
         stages = [[m.rank for m in self.meshes if m.pp.index == stage] for stage in range(mesh.pp.size)]
         everyone = list(range(mesh.world.size))
         self.peers = [stages[m.pp.index] if len(stages[m.pp.index]) > 1 else everyone for m in self.meshes]
-        self.suspect, self.count = -1, 0
+        self.suspect, self.count, self.line = -1, 0, ""
 
-    def update(self, compute_s: Sequence[float]) -> tuple[dict[str, float], str]:
-        """A step's times by rank. Returns what the log gets, and a line where one rank has long been slow, else ""."""
+    def update(self, compute_s: Sequence[float]) -> dict[str, float]:
+        """A step's times by rank. Returns what the log gets; `line` names a rank that has now long been slow, if any."""
         if len(compute_s) == 1:
-            return {}, ""
+            return {}
         medians = [statistics.median_low([compute_s[peer] for peer in peers]) for peers in self.peers]
         ratios = [own / max(median, 1e-9) for own, median in zip(compute_s, medians, strict=True)]
         slowest = max(range(len(ratios)), key=ratios.__getitem__)
         ratio = ratios[slowest]
         self.count = self.count + 1 if slowest == self.suspect and ratio >= SLOW else int(ratio >= SLOW)
         self.suspect = slowest
-        line = ""
+        self.line = ""
         if self.count == IN_A_ROW:
-            line = (
-                f"slow: {self.meshes[slowest].coordinates()} took {ratio:.1f} times the median of its stage for its own "
-                f"part of each of the last {IN_A_ROW} steps, {1000 * compute_s[slowest]:.0f} ms in the last"
+            self.line = (
+                f"slow: for {IN_A_ROW} steps {self.meshes[slowest].coordinates()} has taken over {SLOW:.0f} times the "
+                f"median of its stage for its own part, {1000 * compute_s[slowest]:.0f} ms in this one"
             )
-        return {"slowest_rank": slowest, "slowest_over_median": round(ratio, 3)}, line
+        return {"slowest_rank": slowest, "slowest_over_median": round(ratio, 3)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,17 +14,17 @@ from heiretsu.run.watch import GRACE_S, watched
 
 
 @contextmanager
-def together(config: RunConfig, backend: str, report: Report) -> Iterator[None]:
+def together(config: RunConfig, backend: str, rank: int, report: Report) -> Iterator[None]:
     """Process groups for the block, once all ranks have agreed, and the watch over them; nothing of it for one process.
 
-    report: what this rank brings; where it or any other brings a refusal, or they differ, all end with status 2.
+    rank: in the mesh. report: what this rank brings; where it or any other brings a refusal, or they differ, all end
+    with status 2.
     """
     if config.num_ranks == 1:
         if report.refused:
             refuse(report.refused)
         yield
         return
-    rank = int(os.environ["RANK"])
     try:
         assembly, store = assemble(rank, config.num_ranks, config.timeout, report, disagreement)
     except ValueError as error:

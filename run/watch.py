@@ -1,7 +1,8 @@
 """The watch: each rank knows what the others are doing, so that a lost or stuck rank is named and no rank waits for it.
 
-Every rank has kept its connection to rank 0 from the roll call, and has one thread that tends it. That thread works while the main one is
-blocked in a collective, and needs neither the store nor the collectives' own connections, which may be what failed.
+Every rank has kept its connection to rank 0 from the roll call, and has one thread that tends it. That thread works
+while the main one is blocked in a collective, and needs neither the store nor the collectives' own connections, which
+may be what failed.
 
     beats       each rank says every second what it is doing; rank 0 answers with what it is doing itself
     lost        the connection ends without a goodbye: the system closes it in the moment in which a process dies
