@@ -23,8 +23,6 @@ class Stragglers:
 
     def update(self, compute_s: Sequence[float]) -> dict[str, float]:
         """A step's times by rank. Returns what the log gets; `line` names a rank that has now long been slow, if any."""
-        if len(compute_s) == 1:
-            return {}
         medians = [statistics.median_low([compute_s[peer] for peer in peers]) for peers in self.peers]
         ratios = [own / max(median, 1e-9) for own, median in zip(compute_s, medians, strict=True)]
         slowest = max(range(len(ratios)), key=ratios.__getitem__)
