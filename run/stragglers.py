@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from heiretsu.parallel.mesh import Mesh, abstract_mesh
+from heiretsu.parallel.mesh import AXIS_NAMES, Mesh, abstract_mesh
 
 SLOW, IN_A_ROW = 2.0, 10  # so far above the median, for so many steps, is worth a line
 
@@ -14,15 +14,15 @@ class Stragglers:
     """Compares a rank with those of its own pipeline stage, as stages differ by design; with all where it is alone."""
 
     def __init__(self, mesh: Mesh):
-        sizes = [mesh.dp.size, mesh.ep.size, mesh.pp.size, mesh.tp.size]
-        self.meshes = [abstract_mesh(*sizes, rank=rank) for rank in range(mesh.world.size)]
+        dp, ep, pp, tp = (getattr(mesh, name).size for name in AXIS_NAMES)
+        self.meshes = [abstract_mesh(dp, ep, pp, tp, rank) for rank in range(mesh.world.size)]
         stages = [[m.rank for m in self.meshes if m.pp.index == stage] for stage in range(mesh.pp.size)]
         everyone = list(range(mesh.world.size))
         self.peers = [stages[m.pp.index] if len(stages[m.pp.index]) > 1 else everyone for m in self.meshes]
         self.suspect, self.count, self.line = -1, 0, ""
 
     def update(self, compute_s: Sequence[float]) -> dict[str, float]:
-        """A step's times by rank. Returns what the log gets; `line` names a rank that has now long been slow, if any."""
+        """A step's times by rank. Returns what the log gets; `line` names a rank that has long been slow, if any."""
         medians = [statistics.median_low([compute_s[peer] for peer in peers]) for peers in self.peers]
         ratios = [own / max(median, 1e-9) for own, median in zip(compute_s, medians, strict=True)]
         slowest = max(range(len(ratios)), key=ratios.__getitem__)

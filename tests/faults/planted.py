@@ -72,7 +72,7 @@ def other_collective(mesh, step):
     """One rank asks for a collective that the others know nothing of."""
     from heiretsu.parallel.collectives import all_reduce
 
-    in_forward(mesh, step, lambda: all_reduce(torch.ones(1), mesh.tp))
+    in_forward(mesh, step, lambda: all_reduce(torch.ones(1), mesh.world))
 
 
 def slow(mesh, step):
@@ -105,12 +105,13 @@ def nan_loss(mesh, step):
     def forward(flight, stage, batch):
         if batch.step + 1 != step:
             return real(flight, stage, batch)
-        kept = stage.blocks["0"].ln_1.bias.detach().clone()
+        bias = next(iter(stage.blocks.values())).ln_1.bias
+        kept = bias.detach().clone()
         with torch.no_grad():
-            stage.blocks["0"].ln_1.bias.fill_(math.nan)
+            bias.fill_(math.nan)
         real(flight, stage, batch)
         with torch.no_grad():
-            stage.blocks["0"].ln_1.bias.copy_(kept)
+            bias.copy_(kept)
 
     pipeline._InFlight.forward = forward
 
