@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import unittest.mock
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ import torch
 
 import train as train_script
 from heiretsu.data.shards import write_shard
-from heiretsu.kernels import fused
+from heiretsu.kernels import fused, plain
 from heiretsu.model import run_log
+from heiretsu.model.build import build_engine
 from heiretsu.model.options import parse_args
-from heiretsu.parallel.engine import StepReport
 from heiretsu.parallel.mesh import abstract_mesh
 from tests.training import dataset
 
@@ -377,27 +378,21 @@ def test_init_from_takes_the_parameters_and_starts_anew(tmp_path):
     assert log[0]["step"] == 0 and log[9]["eval_loss"] == pytest.approx(straight[3]["eval_loss"], rel=1e-6)
 
 
-class SteppedIn:
-    """An engine whose every step takes half a second by the clock that it is given."""
-
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
-
-    def __init__(self, clock: list[float]):
-        self.clock = clock
-
-    def step(self, batches) -> StepReport:
-        self.clock[0] += 0.5
-        return StepReport(2.0, 0.0, 1.0, False)
-
-
-def test_tokens_per_second_are_those_of_all_replicas(tmp_path, monkeypatch):
-    clock = [0.0]
+def test_tokens_per_second_are_those_of_the_whole_batch(tmp_path, monkeypatch):
+    """2 microbatches of 3 sequences of 16 tokens, each step half a second by the clock that it is given."""
+    config = parse_args([*TINY, *"--batch_size 3 --grad_accum_steps 2 --max_iters 2 --eval_interval 0".split()], 1)
+    config = replace(config, log_file=str(tmp_path / "log"), sample_tokens=0)
+    mesh, data = abstract_mesh(), dataset(config.model.vocab_size, config.model.block_size)
+    engine, clock = build_engine(config, mesh, plain), [0.0]
     monkeypatch.setattr(train_script.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(run_log, "peak_flops", lambda *_: None)
-    mesh, log = abstract_mesh(dp=2, tp=2), tmp_path / "log"
-    flags = "--dp 2 --tp 2 --batch_size 3 --grad_accum_steps 5 --max_iters 2 --eval_interval 0 --sample_tokens 0"
-    config = parse_args([*TINY, *flags.split(), "--log_file", str(log)], world_size=4)
-    data = dataset(config.model.vocab_size, config.model.block_size)
-    train_script.train(config, mesh, SteppedIn(clock), data, data)
-    # 2 replicas of 5 microbatches of 3 sequences of 16 tokens, in half a second
-    assert [json.loads(line)["tokens_per_s"] for line in log.read_text().splitlines()] == [960.0, 960.0]
+    real = engine.step
+
+    def step(*args):
+        clock[0] += 0.5
+        return real(*args)
+
+    engine.step = step
+    train_script.train(config, mesh, engine, data, data)
+    assert [json.loads(line)["tokens_per_s"] for line in (tmp_path / "log").read_text().splitlines()] == [192.0] * 2
+    assert replace(config, dp=2, ep=2, tp=2, pp=2).tokens_per_step == 4 * 96

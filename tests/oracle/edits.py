@@ -1,0 +1,267 @@
+"""Wrong edits of training itself, each of which one test must see.
+
+    python -m tests.oracle.edits            # all of them
+    python -m tests.oracle.edits scale      # those with `scale` in their names
+
+Each is made alone in a copy of the tree, where the test that should see it runs; without edits all of them pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.mutation.copies import Copy
+
+ROOT = Path(__file__).parents[2]
+LONGEST_TEST_S = 400.0
+
+ORACLE = "tests/oracle/test_oracle.py"
+DENSE = f"{ORACLE}::test_a_dense_run_takes_the_steps_of_the_run_by_hand"
+MIXTURE = f"{ORACLE}::test_a_fused_mixture_takes_the_steps_of_the_run_by_hand"
+STORED = f"{ORACLE}::test_every_checkpoint_has_the_parameters_and_moments_of_the_run_by_hand[dense]"
+RATES = f"{ORACLE}::test_the_learning_rate_is_what_the_flags_say_at_steps_worked_out_by_hand"
+FIRST_STEPS = f"{ORACLE}::test_adamw_takes_its_first_two_steps_as_loshchilov_and_hutter_write_them"
+BITS = f"{ORACLE}::test_bits_per_byte_are_the_loss_in_bits_over_the_bytes_of_a_token"
+RESUMED = f"{ORACLE}::test_a_run_resumed_on_a_mesh_goes_on_as_by_hand"
+OTHER_SIZE = "tests/parallel/test_checkpoint.py::test_every_size_that_differs_is_refused_by_name_though_the_shapes_fit"
+FLOPS = "tests/model/test_gpt.py::test_flops_are_those_that_torch_counts_but_for_the_future_that_attention_masks"
+INITIAL = "tests/model/test_gpt.py::test_initial_values_are_gpt2s"
+MFU = "tests/model/test_run_log.py::test_mfu_of_gpt2_on_one_gpu_and_on_eight_is_what_data_sheet_and_paper_give"
+SCALER = "tests/parallel/test_optimizer.py::test_the_scale_moves_as_torchs_gradscaler_moves_it"
+SHARDS = "tests/parallel/test_placement.py::test_a_dim_is_dealt_out_as_torch_chunk_and_so_a_checkpoint_deals_it_out"
+LARGE = "tests/parallel/test_tensor.py::test_shards_of_logits_of_ten_thousand_make_the_whole_loss"
+OVERLAP = "tests/parallel/test_tensor.py::test_the_weights_gradient_is_computed_while_dx_is_being_summed"
+BUCKETS = "tests/parallel/test_data.py::test_each_bucket_is_sent_once_a_step_and_most_before_backward_ends"
+SAMPLES = "tests/model/test_generate.py::test_tokens_come_as_often_as_the_softmax_of_the_divided_logits_says[0.5-None]"
+DRAWN = "tests/bench/test_plot_schedule.py::test_bars_stand_where_the_clock_says_and_panels_share_its_scale"
+SPEED = "tests/test_train.py::test_tokens_per_second_are_those_of_the_whole_batch"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """`old`, which occurs once in `file`, becomes `new`; the test `seen_by` then fails."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    seen_by: str
+
+
+EDITS = [
+    Edit(
+        "the learning rate starts again on resume",
+        "train.py",
+        "lr = learning_rate(config, step)",
+        "lr = learning_rate(config, step - first_step)",
+        RESUMED,
+    ),
+    Edit(
+        "warm-up a step late", "train.py", "* (step + 1) / config.warmup_iters", "* step / config.warmup_iters", RATES
+    ),
+    Edit(
+        "the cosine reaches min_lr a step late",
+        "train.py",
+        "config.max_iters - 1 - config.warmup_iters",
+        "config.max_iters - config.warmup_iters",
+        RATES,
+    ),
+    Edit("the scale is never updated", "parallel/engine.py", "self.scaler.update(skipped)", "pass", DENSE),
+    Edit(
+        "gradients are not unscaled before AdamW",
+        "parallel/engine.py",
+        "factor /= self.scaler.scale",
+        "factor /= 1.0",
+        STORED,
+    ),
+    Edit(
+        "the clip factor squared",
+        "parallel/engine.py",
+        "self.grad_clip / (norm + 1e-6))",
+        "(self.grad_clip / (norm + 1e-6)) ** 2)",
+        STORED,
+    ),
+    Edit("evaluation with dropout on", "parallel/engine.py", ".eval()", ".train()", DENSE),
+    Edit(
+        "weight decay on biases and norms",
+        "parallel/optimizer.py",
+        '"weight_decay": 0.0}',
+        '"weight_decay": weight_decay}',
+        FIRST_STEPS,
+    ),
+    Edit(
+        "an overflow leaves the run of good steps",
+        "parallel/optimizer.py",
+        "max(self.scale / 2, 1.0), 0",
+        "max(self.scale / 2, 1.0), self.good_steps",
+        DENSE,
+    ),
+    Edit(
+        "the scale's good steps are not saved",
+        "parallel/checkpoint.py",
+        '"good_steps": engine.scaler.good_steps',
+        '"good_steps": 0',
+        RESUMED,
+    ),
+    Edit(
+        "the scale is not restored",
+        "parallel/checkpoint.py",
+        'if run["scaler"]["growth"] == engine.scaler.growth:',
+        "if False:",
+        RESUMED,
+    ),
+    Edit(
+        "a checkpoint of another n_head is accepted",
+        "parallel/checkpoint.py",
+        '_MAY_CHANGE = ("dropout",',
+        '_MAY_CHANGE = ("n_head", "dropout",',
+        OTHER_SIZE,
+    ),
+    Edit(
+        "residual projections are not drawn smaller with depth",
+        "model/gpt.py",
+        "INIT_STD / math.sqrt(2 * config.n_layer)",
+        "INIT_STD",
+        f"{INITIAL}[0]",
+    ),
+    Edit("2 FLOPs a parameter and token", "model/config.py", "return 6 * (", "return 2 * (", f"{FLOPS}[dense]"),
+    Edit(
+        "one GPU's peak for the whole world",
+        "model/run_log.py",
+        "peak * mesh.world.size",
+        "peak",
+        MFU,
+    ),
+    Edit(
+        "shards' lse combined without the maximum",
+        "parallel/tensor.py",
+        "largest = all_reduce(lse, self.tp, dist.ReduceOp.MAX)",
+        "largest = torch.zeros_like(lse)",
+        LARGE,
+    ),
+    Edit("shard bounds rounded down", "parallel/placement.py", "-(-size // axis.size)", "size // axis.size", SHARDS),
+    # Seen to go unseen
+    Edit(
+        "sampling multiplies by the temperature",
+        "model/generate.py",
+        "logits / temperature",
+        "logits * temperature",
+        SAMPLES,
+    ),
+    Edit(
+        "dx is summed before the weight's gradient",
+        "parallel/tensor.py",
+        "dweight = dy",
+        "pending.wait()\n        dweight = dy",
+        OVERLAP,
+    ),
+    Edit(
+        "a bucket's sum is waited for at once",
+        "parallel/data.py",
+        "bucket.work = dist.all_reduce(bucket.flat, group=bucket.axis.group, async_op=True)",
+        "dist.all_reduce(bucket.flat, group=bucket.axis.group, async_op=True).wait()",
+        BUCKETS,
+    ),
+    Edit(
+        "a timeline is drawn to another scale",
+        "bench/plot_schedule.py",
+        "panel.set_xlim(0, longest)",
+        "panel.set_xlim(0, 2 * longest)",
+        DRAWN,
+    ),
+    Edit(
+        "a bar is drawn longer than its action",
+        "bench/plot_schedule.py",
+        "end - start, left",
+        "end + start, left",
+        DRAWN,
+    ),
+    # What else the oracle and its neighbours judge
+    Edit(
+        "the balance loss is weighed twice",
+        "model/gpt.py",
+        "objective = self.config.aux_loss_coef * aux_loss",
+        "objective = 2 * self.config.aux_loss_coef * aux_loss",
+        MIXTURE,
+    ),
+    Edit(
+        "the balance loss counts its tokens for one expert each",
+        "model/moe.py",
+        "chosen.mean(1) / experts.shape[2]",
+        "chosen.mean(1)",
+        MIXTURE,
+    ),
+    Edit(
+        "masks depend on the sample within its microbatch",
+        "train.py",
+        "targets.to(mesh.device), start, step))",
+        "targets.to(mesh.device), 0, step))",
+        DENSE,
+    ),
+    Edit("every step reads the first step's tokens", "train.py", "data.batch(step, ", "data.batch(0, ", DENSE),
+    Edit(
+        "evaluation stops a batch early",
+        "train.py",
+        "for iteration in range(config.eval_iters):",
+        "for iteration in range(config.eval_iters - 1):",
+        DENSE,
+    ),
+    Edit("bits are nats", "train.py", "loss / math.log(2) / data", "loss / data", BITS),
+    Edit(
+        "the second moment decays as the first",
+        "model/build.py",
+        "betas=config.betas",
+        "betas=(config.betas[0],) * 2",
+        FIRST_STEPS,
+    ),
+    Edit(
+        "good steps are counted past the window",
+        "parallel/optimizer.py",
+        "self.scale * 2, 0",
+        "self.scale * 2, 1",
+        SCALER,
+    ),
+    Edit(
+        "tokens a second of one microbatch",
+        "model/options.py",
+        "self.batch_size * self.grad_accum_steps * self.replicas",
+        "self.batch_size * self.replicas",
+        SPEED,
+    ),
+]
+
+
+def apply(edit: Edit, source: str) -> str:
+    """The edited file. ValueError if the text to be replaced is not there, or not once."""
+    if source.count(edit.old) != 1:
+        raise ValueError(f"{edit.name}: {edit.old!r} occurs {source.count(edit.old)} times in {edit.file}, not once")
+    return source.replace(edit.old, edit.new)
+
+
+def main(names: list[str]) -> int:
+    chosen = [edit for edit in EDITS if not names or any(name in edit.name for name in names)]
+    sources = {edit.file: (ROOT / edit.file).read_text() for edit in chosen}
+    missed = 0
+    with Copy(ROOT, patience_s=LONGEST_TEST_S) as copy:
+        for test in dict.fromkeys(edit.seen_by for edit in chosen):
+            verdict = copy.run({test.partition("::")[0]: [test]})
+            if verdict["verdict"] != "green" or list(verdict["seconds"]) != [test]:
+                print(f"NOT GREEN without an edit, or not there: {test} {verdict['why']}", flush=True)
+                missed += 1
+        for edit in chosen:
+            files = {edit.file: apply(edit, sources[edit.file])}
+            verdict = copy.run({edit.seen_by.partition("::")[0]: [edit.seen_by]}, files)
+            seen = verdict["verdict"] in ("red", "hung")
+            missed += not seen
+            print(f"{'seen' if seen else 'MISSED'}: {edit.name}: {edit.seen_by.partition('::')[2]}", flush=True)
+            print(f"    {verdict['why'][:160]}", flush=True)
+    print(f"{len(chosen)} edits, {missed} missed")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main(sys.argv[1:]))
