@@ -132,8 +132,8 @@ def _locate(ends: np.ndarray, number: int) -> tuple[int, int]:
 
 
 def _spread(count: int) -> int:
-    """A stride near the golden section of `count` with no common factor, so that j * stride % count visits all."""
-    stride = max(1, round(count * 0.6180339887498949))
+    """A stride near the golden section of `count` (at least 1) with no common factor: j * stride % count visits all."""
+    stride = round(count * 0.6180339887498949)
     while np.gcd(stride, count) != 1:
         stride += 1
     return stride

@@ -52,6 +52,10 @@ def test_samples_do_not_change_between_releases():
     assert starts(dataset, 0, [0, 1, 2]) == [16733, 11984, 37411]
     assert starts(dataset, 1, [0, 1, 2]) == [32091, 42117, 42085]
     assert starts(dataset, 10**6, [511]) == [27775]
+    small = TokenDataset(counting(200), 8, seed=1234, vocab_size=200)  # 24 windows: 15, the first stride, will not do
+    assert small.eval_batch(range(6))[0][:, 0].tolist() == [0, 136, 80, 24, 160, 104]
+    negative, large = (starts(TokenDataset(counting(50_000), 8, s, 50_000), 0, [0])[0] for s in (-1, 2**63 - 1))
+    assert negative == starts(TokenDataset(counting(50_000), 8, 2**64 - 1, 50_000), 0, [0])[0] != large
 
 
 def test_seed_step_and_index_all_matter():
@@ -114,8 +118,11 @@ def test_shard_shorter_than_a_block_is_named_with_both_sizes(tmp_path):
     TokenDataset([tmp_path / "long.bin", tmp_path / "short.bin"], 15, 0, 257)
     with pytest.raises(ValueError, match=r"short\.bin: 16 tokens, but --block_size 16 needs at least 17 .* 15 or less"):
         TokenDataset([tmp_path / "long.bin", tmp_path / "short.bin"], 16, 0, 257)
-    with pytest.raises(ValueError, match=r"array 0: 0 tokens.*use more text"):
-        TokenDataset([np.zeros(0, dtype=np.uint16)], 16, 0, 257)
+    for length in (0, 1):
+        with pytest.raises(ValueError, match=rf"array 0: {length} tokens.* in every shard; use more text"):
+            TokenDataset([np.zeros(length, dtype=np.uint16)], 16, 0, 257)
+    with pytest.raises(ValueError, match=r"array 1: 2 tokens.* needs at least 17 .* use --block_size 1 or less"):
+        TokenDataset([np.zeros(20, dtype=np.uint16), np.zeros(2, dtype=np.uint16)], 16, 0, 257)
 
 
 @pytest.mark.parametrize("block_size", [0, -3])
@@ -148,6 +155,8 @@ def test_token_outside_the_vocabulary_in_data_too_large_to_scan_is_refused_when_
     dataset = TokenDataset([("train_000007.bin", tokens)], 20, 0, 257)
     with pytest.raises(ValueError, match=r"train_000007\.bin: token id 300 at position 123 "):
         dataset.eval_batch(range(10))
+    with pytest.raises(ValueError, match="token id 300 at position 99 "):  # as many as are looked at whole
+        TokenDataset([np.array([0] * 99 + [300], dtype=np.uint16)], 20, 0, 257)
     tokens[49] = 400
     with pytest.raises(ValueError, match="token id 400 at position 49 "):
         TokenDataset([("train_000007.bin", tokens)], 20, 0, 257)

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         copies = [
             stack.enter_context(Copy(root, options.patience, imports=options.imports)) for _ in range(options.jobs)
         ]
-        files = test_files(root)
+        files = [f for f in test_files(root) if any(fnmatch.fnmatch(f, glob) for glob in options.tests)]
         measured = Measured(root / "build" / "mutation" / "reach.json")
         _measure_all(copies, measured, root, files, sources, options.measure)
         session = Session(root, sources, Reach(sources, measured.modules(files)), options.budget)
@@ -93,6 +93,7 @@ def _parse(arguments):
     add("--count", type=int, default=200, help="how many edits are drawn")
     add("--files", nargs="+", default=["*"], metavar="GLOB", help="draw from these files only")
     add("--edits", nargs="+", metavar="FILE[:LINE]", help="try every edit there instead of drawing")
+    add("--tests", nargs="+", default=["*"], metavar="GLOB", help="judge by these test files only")
     add("--budget", type=float, default=60.0, metavar="S", help="seconds of tests for each edit, as measured")
     add("--patience", type=float, default=20.0, metavar="S", help="beyond ten times its time, until a test hangs")
     add("--jobs", type=int, default=os.cpu_count(), help="edits at a time")
@@ -183,11 +184,11 @@ def _try_all(copies: list[Copy], session: Session, edits: list[Edit]) -> list[Ve
 
 def try_edit(copy: Copy, session: Session, edit: Edit) -> Verdict:
     """Run the tests that reach an edit until one notices it."""
-    tests = session.reach.tests(edit)
-    if not tests:
+    tests, beside = session.reach.tests(edit)
+    if not tests | beside:
         return Verdict(edit, False, "as no test reaches it")
     files = {edit.file: edit.apply(session.sources[edit.file])}
-    bundles, left_out = _bundles(edit, tests, session)
+    bundles, left_out = _bundles(edit, tests, beside, session)
     for bundle in bundles:
         while any(bundle.values()):
             answer = copy.run(bundle, files, session.reach.seconds)
@@ -200,7 +201,7 @@ def try_edit(copy: Copy, session: Session, edit: Edit) -> Verdict:
                 return Verdict(edit, True, test, answer["why"])
             bundle = {file: [name for name in names if name != test] for file, names in bundle.items()}
     note = f" within the budget, {left_out} more reach it" if left_out else ""
-    return Verdict(edit, False, f"{len(tests) - left_out} tests{note}")
+    return Verdict(edit, False, f"{len(tests | beside) - left_out} tests{note}")
 
 
 def _is_green(copy: Copy, session: Session, test: str) -> bool:
@@ -215,11 +216,11 @@ def _is_green(copy: Copy, session: Session, test: str) -> bool:
     return session.green[test]
 
 
-def _bundles(edit: Edit, tests: set[str], session: Session) -> tuple[list[dict[str, list[str]]], int]:
+def _bundles(edit: Edit, tests: set[str], beside: set[str], session: Session) -> tuple[list[dict[str, list[str]]], int]:
     """{file: tests} to run one after the other, and how many tests are too slow for the budget."""
     seconds = session.reach.seconds
     by_file: dict[str, list[str]] = {}
-    for test in sorted(tests, key=lambda test: (seconds[test], test)):
+    for test in sorted(tests | beside, key=lambda test: (seconds[test], test)):
         if session.green.get(test, True):
             by_file.setdefault(test.partition("::")[0], []).append(test)
     path = Path(edit.file)
@@ -228,7 +229,10 @@ def _bundles(edit: Edit, tests: set[str], session: Session) -> tuple[list[dict[s
     def cost(names):
         return sum(seconds[name] for name in names)
 
-    order = sorted(by_file, key=lambda file: (file != own, cost(by_file[file]), file))
+    def place(file):
+        return file != own, not tests.intersection(by_file[file]), cost(by_file[file]), file
+
+    order = sorted(by_file, key=place)
     bundles: list[dict[str, list[str]]] = [{}, {}]
     spent, left_out = 0.0, 0
     for file in order:

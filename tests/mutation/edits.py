@@ -219,8 +219,9 @@ class _Finder:
         for argument in node.args:
             self._expression(argument, talk)
         for keyword in node.keywords:
-            self._expression(keyword.value, talk or keyword.arg in TALKING_KEYWORDS)
-            if keyword.arg is not None and keyword.arg not in TALKING_KEYWORDS and not talk:
+            if keyword.arg != "strict":  # of zip: an assertion, and those are ours
+                self._expression(keyword.value, talk or keyword.arg in TALKING_KEYWORDS)
+            if keyword.arg not in (None, "strict", *TALKING_KEYWORDS) and not talk:
                 self._drop_argument(node, keyword)
         first, second = (*node.args, None, None)[:2]
         plain = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant)

@@ -64,6 +64,7 @@ class Reach:
         self.bodies = {file: _body_lines(text) for file, text in sources.items()}
         self.old: dict[str, set[int]] = defaultdict(set)  # by file, lines of now that were there then
         self.by_line: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        self.importers: dict[str, set[str]] = defaultdict(set)  # by file, the tests of files that import it
         self.seconds: dict[str, float] = {}
         for module in measured:
             moved = {file: _moved(text, sources[file]) for file, text in module["sources"].items() if file in sources}
@@ -71,6 +72,8 @@ class Reach:
                 self.old[file].update(lines.values())
             every = list(module["tests"])
             self._add(every, module["shared"], moved)
+            for file in module["shared"]:
+                self.importers[file].update(every)
             for test, (seconds, files) in module["tests"].items():
                 self.seconds[test] = seconds
                 self._add([test], files, moved)
@@ -81,17 +84,21 @@ class Reach:
                 if line in moved[file]:
                     self.by_line[file][moved[file][line]].update(tests)
 
-    def tests(self, edit: Edit) -> set[str]:
-        """Tests that reach an edit. At the top of a file, what an import runs: those that run any function of it."""
+    def tests(self, edit: Edit) -> tuple[set[str], set[str]]:
+        """Tests that reach an edit, and those that may see it beside them.
+
+        At the top of a file, which an import runs, the first are those that run any function of it (of a default, that
+        function), and the others those that only import it.
+        """
         bodies, lines = self.bodies[edit.file], self.by_line[edit.file]
         here = set(edit.lines) & bodies
         if here:
             found = _union(lines, here)
             if not found and not here & self.old[edit.file]:  # new since it was measured
                 found = _union(lines, edit.scope or bodies)
-            return found
+            return found, set()
         inside = _union(lines, bodies & set(edit.scope) if edit.scope else bodies)
-        return inside or _union(lines, lines)
+        return inside, self.importers[edit.file] - inside
 
 
 def _union(lines: dict[int, set[str]], numbers: Iterable[int]) -> set[str]:
