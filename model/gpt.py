@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from heiretsu.model.config import ModelConfig, split_layers
+from heiretsu.model.copying import HoldsOps
 from heiretsu.model.moe import MoE
 from heiretsu.model.seeding import fold
 from heiretsu.parallel.mesh import Mesh
@@ -22,13 +23,12 @@ from heiretsu.parallel.tensor import ColumnParallelLinear, RowParallelLinear, Vo
 INIT_STD = 0.02
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(HoldsOps):
     weight: nn.Parameter
     bias: nn.Parameter
 
     def __init__(self, mesh: Mesh, features: int, ops, dtype: torch.dtype):
-        super().__init__()
-        self.ops = ops
+        super().__init__(ops)
         declare(self, mesh, dtype, weight=Spec((features,), fill=1.0), bias=Spec((features,)))
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
@@ -36,13 +36,13 @@ class LayerNorm(nn.Module):
         return self.ops.layer_norm(x, self.weight, self.bias, residual=residual)
 
 
-class Attention(nn.Module):
+class Attention(HoldsOps):
     """Causal self-attention; heads are split over tp."""
 
     def __init__(self, mesh: Mesh, config: ModelConfig, ops, residual_std: float, dtype: torch.dtype):
-        super().__init__()
+        super().__init__(ops)
         C = config.n_embed
-        self.ops, self.dropout, self.head_dim = ops, config.dropout, config.head_dim
+        self.dropout, self.head_dim = config.dropout, config.head_dim
         self.first_head = mesh.tp.index * (config.n_head // mesh.tp.size)
         self.qkv = ColumnParallelLinear(mesh, C, C, INIT_STD, dtype, parts=3)
         self.proj = RowParallelLinear(mesh, C, C, residual_std, dtype)
@@ -58,10 +58,9 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
-class MLP(nn.Module):
+class MLP(HoldsOps):
     def __init__(self, mesh: Mesh, config: ModelConfig, ops, residual_std: float, dtype: torch.dtype):
-        super().__init__()
-        self.ops = ops
+        super().__init__(ops)
         self.fc = ColumnParallelLinear(mesh, config.n_embed, config.ffn_size, INIT_STD, dtype)
         self.proj = RowParallelLinear(mesh, config.ffn_size, config.n_embed, residual_std, dtype)
 
@@ -69,12 +68,12 @@ class MLP(nn.Module):
         return self.proj(self.ops.bias_gelu(self.fc.project(x), self.fc.bias))
 
 
-class Block(nn.Module):
+class Block(HoldsOps):
     """Pre-norm transformer block with a dense or a mixture MLP. layer: index in the whole model."""
 
     def __init__(self, layer: int, mesh: Mesh, config: ModelConfig, ops, seed: int, dtype: torch.dtype):
-        super().__init__()
-        self.layer, self.config, self.ops, self.seed = layer, config, ops, seed
+        super().__init__(ops)
+        self.layer, self.config, self.seed = layer, config, seed
         residual_std = INIT_STD / math.sqrt(2 * config.n_layer)  # Radford et al. 2019, section 2.3
         self.ln_1 = LayerNorm(mesh, config.n_embed, ops, dtype)
         self.attn = Attention(mesh, config, ops, residual_std, dtype)
@@ -101,7 +100,7 @@ class Block(nn.Module):
         return self.ops.dropout(x, self.config.dropout, self._seed(step, site), first_sample) if self._drops else x
 
 
-class GPT(nn.Module):
+class GPT(HoldsOps):
     """Layers `layers` of the model, with the embedding below if the first is among them and the head above if the last.
 
     dtype: of the parameters. compute_dtype: of the activations; matrix products are done in it. seed: of dropout.
@@ -117,9 +116,9 @@ class GPT(nn.Module):
         compute_dtype: torch.dtype | None = None,
         seed: int = 0,
     ):
-        super().__init__()
+        super().__init__(ops)
         layers = range(config.n_layer) if layers is None else layers
-        self.config, self.ops, self.seed = config, ops, seed
+        self.config, self.seed = config, seed
         self.compute_dtype = compute_dtype or dtype
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.n_layer
         if self.is_first or self.is_last:  # one tensor, tied: embedding below, head above

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from heiretsu.model.config import ModelConfig
+from heiretsu.model.copying import HoldsOps
 from heiretsu.parallel.collectives import copy_to, reduce_from
 from heiretsu.parallel.expert import combine, dispatch
 from heiretsu.parallel.mesh import Axis, Mesh
@@ -30,7 +31,7 @@ class Router(nn.Module):
         return F.linear(x.to(self.weight.dtype), self.weight)
 
 
-class MoE(nn.Module):
+class MoE(HoldsOps):
     """Dropless top-k mixture of two-layer GELU experts.
 
     w1: (E, C, F) and b1: (E, F), split over ep and, in F, over tp. w2: (E, F, C) likewise; b2: (E, C), over ep.
@@ -42,9 +43,9 @@ class MoE(nn.Module):
     b2: nn.Parameter
 
     def __init__(self, mesh: Mesh, config: ModelConfig, ops, residual_std: float, dtype: torch.dtype):
-        super().__init__()
+        super().__init__(ops)
         E, C, F = config.num_experts, config.n_embed, config.ffn_size
-        self.config, self.ops, self.tp, self.ep = config, ops, mesh.tp, mesh.ep
+        self.config, self.tp, self.ep = config, mesh.tp, mesh.ep
         self.router = Router(mesh, config, dtype)
         declare(
             self,

@@ -29,6 +29,9 @@ class Axis:
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
 
+    def __deepcopy__(self, memo) -> Axis:
+        return self  # nothing in it changes, and a process group cannot be copied: a model's copy talks over the same
+
 
 @dataclass(frozen=True)
 class Mesh:
