@@ -20,9 +20,14 @@ def generate(
 ) -> Iterator[int]:
     """Tokens that continue `prompt`, one by one. model: all layers, tp 1. prompt: at least one token id.
 
-    temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest are drawn from. The last
-    block_size tokens are the context; nothing is cached.
+    temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest are drawn from, the lower
+    of equal ones first. The last block_size tokens are the context; nothing is cached. Raises ValueError for an empty
+    prompt, another temperature or top_k, and where the model's logits are not finite.
     """
+    if not temperature >= 0:  # NaN too
+        raise ValueError(f"temperature {temperature}: must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k}: must be at least 1")
     if not prompt:
         raise ValueError("the prompt is empty: give at least one token (end-of-text starts a new document)")
     model.eval()
@@ -32,12 +37,15 @@ def generate(
     for _ in range(num_tokens):
         context = torch.tensor([tokens[-model.config.block_size :]], device=device)
         logits = model.next_token_logits(context)[0].float().cpu()
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite: its training has diverged")
         if temperature == 0:
             choice = int(logits.argmax())
         else:
-            logits = logits / temperature
-            if top_k is not None and top_k < len(logits):
-                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+            if top_k is not None:
+                logits[logits.argsort(descending=True, stable=True)[top_k:]] = -torch.inf
+            # From the largest, so that nothing overflows; 1e-30 is a temperature at which only equal ones compete.
+            logits = (logits - logits.max()) / max(temperature, 1e-30)
             choice = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
         tokens.append(choice)
         yield choice
