@@ -15,19 +15,24 @@ try:
     import tiktoken
     import torch
 
+    from heiretsu.data.terminal import escape_what_cannot_be_printed
     from heiretsu.data.tokenizer import load_tokenizer
     from heiretsu.kernels import fused, plain
     from heiretsu.model.generate import generate
     from heiretsu.model.saved import load_model, newest
+    from heiretsu.parallel.checkpoint import read_run
+    from heiretsu.run.device import choose_device
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: install the checkout first, with `pip install -e .` (or `make install`, which makes a .venv)")
 
 
 def main(args: argparse.Namespace) -> None:
+    escape_what_cannot_be_printed()
     try:
-        device = find_device(args.device)
-        ops, kernels = (fused, fused.describe(device)) if args.fused else (plain, "plain PyTorch ops")
         path = newest(args.checkpoint)
+        float64 = read_run(path)["config"]["dtype"] == "float64"
+        device = torch.device(choose_device(args.device, fused=args.fused, float64=float64))
+        ops, kernels = (fused, fused.describe(device)) if args.fused else (plain, "plain PyTorch ops")
         model, run = load_model(path, ops, device)
         tokenizer = load_tokenizer(run["config"]["tokenizer"], args.vocab_dir)
     except ValueError as error:
@@ -36,8 +41,11 @@ def main(args: argparse.Namespace) -> None:
     prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
     tokens = generate(model, prompt, args.num_tokens, args.temperature, args.top_k, args.seed)
     print(args.prompt, end="", flush=True)
-    for text in decode(tokenizer, tokens):
-        print(text, end="", flush=True)
+    try:
+        for text in decode(tokenizer, tokens):
+            print(text, end="", flush=True)
+    except ValueError as error:
+        sys.exit(f"sample.py: error: {error}")
     print()
 
 
@@ -49,15 +57,6 @@ def decode(tokenizer: tiktoken.Encoding, tokens: Iterable[int]) -> Iterator[str]
             break
         yield utf8.decode(tokenizer.decode_single_token_bytes(token))
     yield utf8.decode(b"", final=True)
-
-
-def find_device(name: str) -> torch.device:
-    """The device of --device. ValueError if this machine has none."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(kind for kind in available if available[kind]) if name == "auto" else name
-    if not available[name]:
-        raise ValueError(f"--device {name} is not available on this machine; try --device auto")
-    return torch.device(name)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from heiretsu.data.batches import TokenDataset, open_data
 from heiretsu.data.folder import tokenizer_of
+from heiretsu.data.terminal import escape_what_cannot_be_printed
 from heiretsu.data.tokenizer import load_tokenizer
 from heiretsu.kernels import fused, plain
 from heiretsu.model.build import build_engine, count_parameters
@@ -45,6 +46,7 @@ from heiretsu.parallel.pipeline import Microbatch
 from heiretsu.parallel.profiling import StepProfiler
 from heiretsu.parallel.replicas import first_difference
 from heiretsu.run.agreement import facts
+from heiretsu.run.device import choose_device
 from heiretsu.run.hosts import gather_hosts, placed_rank
 from heiretsu.run.interfaces import use_interface
 from heiretsu.run.roll_call import Report
@@ -57,6 +59,7 @@ if fused.HAS_TRITON:
 
 
 def main(config: RunConfig) -> None:
+    escape_what_cannot_be_printed()
     rank, backend = placed_rank(os.environ, config.ep, config.pp, config.tp), ""
     try:
         device = find_device(config)
@@ -108,18 +111,14 @@ def run(
 
 def find_device(config: RunConfig) -> torch.device:
     """The device of --device, this rank's own on a machine with several. ValueError if it cannot do what is asked."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(name for name in available if available[name]) if config.device == "auto" else config.device
-    if not available[kind]:
-        raise ValueError(f"--device {kind} is not available on this machine; try --device auto")
+    float64, ranks = config.dtype == "float64", config.num_ranks
+    kind = choose_device(config.device, fused=config.fused, float64=float64, amp=config.amp, ranks=ranks)
     if config.amp == "fp16" and kind == "cpu":
         raise ValueError("--amp fp16 needs a GPU, and this run is on the cpu: use --amp bf16, which works there")
     if config.amp == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError("--amp bf16 needs a GPU of compute capability 8.0 or later: use --amp fp16")
     if config.autotune and kind != "cuda":
         raise ValueError(f"--autotune measures Triton kernels and needs a GPU, and this run is on the {kind}")
-    if config.dtype == "float64" and kind == "mps":
-        raise ValueError("--dtype float64 is not available on mps: use --device cpu")
     if kind != "cuda":
         return torch.device(kind)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -294,8 +293,11 @@ def sample(config: RunConfig, engine: Engine, tokenizer) -> str:
     """A piece of text by the trained model, after an end-of-text."""
     model = engine.stages[0]
     assert isinstance(model, GPT)
-    tokens = generate(model, [tokenizer.eot_token], config.sample_tokens, temperature=0.9, seed=config.seed)
-    return "--- sample ---\n" + tokenizer.decode(list(tokens)) + "\n---"
+    try:
+        tokens = list(generate(model, [tokenizer.eot_token], config.sample_tokens, temperature=0.9, seed=config.seed))
+    except ValueError as error:
+        return f"there is no sample: {error}"
+    return "--- sample ---\n" + tokenizer.decode(tokens) + "\n---"
 
 
 if __name__ == "__main__":

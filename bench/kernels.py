@@ -19,6 +19,8 @@ if __name__ == "__main__" and os.path.abspath(sys.path[0]) == os.path.dirname(os
 if importlib.util.find_spec("heiretsu") is None:
     sys.exit("heiretsu is not installed: run `pip install -e '.[bench]'` in the repository, or `make bench`")
 
+from heiretsu.data.terminal import escape_what_cannot_be_printed
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -81,7 +83,8 @@ def run_measurements(args) -> int:
     if args.json:
         Path(args.json).write_text(json.dumps(result_tables.as_json(found, facts, roofline, dtype), indent=1) + "\n")
     if args.output:
-        Path(args.output).write_text(result_tables.markdown(found, facts, roofline, dtype, command_line(args)))
+        page = result_tables.markdown(found, facts, roofline, dtype, command_line(args))
+        Path(args.output).write_text(page, encoding="utf-8")
     if args.plot:
         from heiretsu.bench import charts
 
@@ -111,6 +114,7 @@ def choose(workloads, ops: list[str] | None):
 
 def main() -> int:
     parser = build_parser()
+    escape_what_cannot_be_printed()
     args = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", None):  # before Triton is imported
         print("TRITON_INTERPRET is ignored: nothing is compiled in the interpreter, and its speed means nothing")

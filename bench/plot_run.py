@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from heiretsu.bench.chart_style import FAINT, SERIES, STYLE
+from heiretsu.data.terminal import escape_what_cannot_be_printed
 
 FIELDS = ("step", "loss", "eval_loss", "aux_loss", "grad_norm", "lr", "tokens_per_s")
 SMOOTHED_OVER = 50  # the line averages over a fiftieth of the run; the raw values stay visible behind it
@@ -138,6 +139,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("logs", nargs="+", type=Path, metavar="run.jsonl", help="logs of train.py --log_file")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
+    escape_what_cannot_be_printed()
     args = parser.parse_args()
     try:
         runs = {label: read_log(path) for label, path in zip(labels_for(args.logs), args.logs, strict=True)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 try:
+    from heiretsu.data.terminal import escape_what_cannot_be_printed
     from heiretsu.parallel.schedules import SCHEDULES, Timeline, draw, lower, simulate, validate
     from heiretsu.parallel.schedules.actions import Kind
 except ModuleNotFoundError as missing:
@@ -33,6 +34,7 @@ NAMES = {
 
 
 def main(argv: list[str] | None = None) -> None:
+    escape_what_cannot_be_printed()
     args = parse_args(argv)
     timelines = {name: run(name, args) for name in args.schedule}
     for name, timeline in timelines.items():

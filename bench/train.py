@@ -32,6 +32,7 @@ import torch.distributed as dist
 from heiretsu.bench import environment, tables
 from heiretsu.bench.result_tables import engineering, milliseconds
 from heiretsu.bench.timing import CLOCKS, Timing, measure_roofline, peak_extra_bytes
+from heiretsu.data.terminal import escape_what_cannot_be_printed
 from heiretsu.kernels import fused, plain
 from heiretsu.model.build import build_engine, count_parameters
 from heiretsu.model.cpu_memory import keep_freed_memory
@@ -183,6 +184,7 @@ def describe(config: RunConfig, mesh: Mesh) -> str:
 
 
 def main() -> int:
+    escape_what_cannot_be_printed()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="and every flag of train.py")
     parser.add_argument("--variants", help=f"default on a CPU {CPU_VARIANTS}, on a GPU {GPU_VARIANTS}")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each variant (%(default)s)")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 try:
     from heiretsu.data.shards import read_shard
+    from heiretsu.data.terminal import escape_what_cannot_be_printed
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "heiretsu":
         raise
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("num_train", type=int, metavar="N", help=f"training shards, 1 to {NUM_TRAIN_SHARDS}")
     parser.add_argument("--out", type=Path, default=Path("data/fineweb10B"), metavar="DIR", help="default: %(default)s")
+    escape_what_cannot_be_printed()
     args = parser.parse_args(argv)
     try:
         from huggingface_hub import hf_hub_download  # optional: only this script needs it

@@ -29,6 +29,7 @@ from tqdm import tqdm
 try:
     from heiretsu.data.folder import META, read_meta, shard_name, write_meta
     from heiretsu.data.shards import ShardWriter
+    from heiretsu.data.terminal import escape_what_cannot_be_printed
     from heiretsu.data.tokenizer import TOKENIZERS, load_tokenizer
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "heiretsu":
@@ -332,6 +333,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    escape_what_cannot_be_printed()
     args = _parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a plain `kill` tidies up as Ctrl-C does
     try:

@@ -97,7 +97,7 @@ def read_config(folder: Path) -> ModelConfig:
     Its dropout is left at 0: that belongs to a run, not to the weights.
     """
     try:
-        theirs = json.loads((folder / "config.json").read_text())
+        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no readable config.json of a Hugging Face model ({error})") from error
     if theirs.get("model_type") != "gpt2":
@@ -139,7 +139,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of model.safetensors, or of the files that its index names."""
     files: Iterable[str] = [WEIGHTS]
     if (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         if not (folder / file).is_file():
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         path = run(args.source, args.out)
     except ValueError as error:
         sys.exit(f"{parser.prog}: error: {error}")
-    print(f"wrote {path}")
+    print(f"wrote {path}", file=sys.stderr)  # which prints any name, whatever its encoding
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -62,7 +62,7 @@ def audit(
             problems += bars.unused([v.job.case_name for v in verdicts if v.job.arch == arch], arch)
     print("\n" + as_text(verdicts, tables.aligned) + "\n\n" + LEGEND)
     if output:
-        Path(output).write_text(as_markdown(verdicts, problems, facts, archs))
+        Path(output).write_text(as_markdown(verdicts, problems, facts, archs), encoding="utf-8")
     if json_file:
         Path(json_file).write_text(json.dumps(as_json(verdicts, problems, facts), indent=1) + "\n")
     print("\n" + "\n".join(f"FAIL  {problem}" for problem in problems))

@@ -206,7 +206,7 @@ def test_the_command_line(published, tmp_path, capsys):
     hf.main(["import", str(published[0]), str(tmp_path / "run")])
     hf.main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
     run, out = tmp_path / "run" / "step_00000000", tmp_path / "out"
-    assert capsys.readouterr().out == f"wrote {run}\nwrote {out}\n"
+    assert capsys.readouterr().err == f"wrote {run}\nwrote {out}\n"
     assert sorted(path.name for path in out.iterdir()) == ["config.json", hf.WEIGHTS]
     with pytest.raises(SystemExit) as exit:
         hf.main(["export", str(tmp_path / "nowhere"), str(tmp_path / "out2")])

@@ -37,7 +37,7 @@ def test_a_float32_run_needs_no_float64(model, amp):
         batches = train_script.read_batches(config, mesh, data, 0)
         first = engine.step(batches)
         again = engine.evaluate(batches)
-        text = list(generate(engine.chunks[0], [1], 4, temperature=0.8, top_k=5))
+        text = list(generate(engine.stages[0], [1], 4, temperature=0.8, top_k=5))
     assert again < first.loss and first.grad_norm > 0 and len(text) == 4
 
 
