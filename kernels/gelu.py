@@ -16,6 +16,8 @@ import triton.language as tl
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LINEAR = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
 _CUBIC = tl.constexpr(0.044715 * 2.0 * math.sqrt(2.0 / math.pi))
+# From here on the derivative is 0 or 1 to 36 places, while e^z (2^126), z and all products are finite in float32.
+_EDGE = tl.constexpr(10.0)
 
 
 @triton.jit
@@ -26,10 +28,14 @@ def gelu(u):
 
 @triton.jit
 def gelu_and_derivative(u):
-    """(gelu(u), d gelu(u) / du), where s = 1 / (1 + e) and 1 - s = e s without cancellation."""
-    square = u * u
-    # finite: e s^2 must not be inf 0
-    e = tl.exp2(tl.minimum(u * (-_LOG2_E * _LINEAR - _LOG2_E * _CUBIC * square), 100.0))
+    """(gelu(u), d gelu(u) / du), where s = 1 / (1 + e) and 1 - s = e s without cancellation.
+
+    Both are right up to infinity, and NaN for a NaN.
+    """
+    low = tl.maximum(u, -_EDGE, propagate_nan=tl.PropagateNan.ALL)
+    v = tl.minimum(low, _EDGE, propagate_nan=tl.PropagateNan.ALL)
+    square = v * v
+    e = tl.exp2(v * (-_LOG2_E * _LINEAR - _LOG2_E * _CUBIC * square))
     root = tl.rsqrt(1.0 + e)  # its square takes 4 instructions fewer than a division: 2.36 against 2.10 on H100
     s = root * root
-    return u * s, s * (1.0 + u * (_LINEAR + 3.0 * _CUBIC * square) * (e * s))
+    return low * s, s * (1.0 + v * (_LINEAR + 3.0 * _CUBIC * square) * (e * s))

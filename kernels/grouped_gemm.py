@@ -155,8 +155,8 @@ def _grouped_gemm_kernel(
             a = tl.load(a_ptrs, mask=(k + ks < depth)[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=(k + ks < depth)[:, None], other=0.0)
         acc = tl.dot(a, w, acc, input_precision="ieee", out_dtype=ACC)
-        a_ptrs += BLOCK_K * stride_ak
-        w_ptrs += BLOCK_K * stride_wk
+        a_ptrs += tl.cast(stride_ak, tl.int64) * BLOCK_K
+        w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K
 
     gate = tl.zeros((BLOCK_M,), dtype=ACC)
     if EPILOGUE == "dgelu":

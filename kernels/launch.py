@@ -13,6 +13,11 @@ import torch
 import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # @triton.jit reads it once too, at decoration
+if INTERPRETED:  # whoever imports a kernel gets it right: without this, bfloat16 trains on garbage
+    from heiretsu.kernels import interpreter_bfloat16, interpreter_launches
+
+    interpreter_bfloat16.install()
+    interpreter_launches.install()
 
 # {architecture class: {kernel: {largest size: parameters}}}. "size" is the dim that decides the tile (head dim,
 # hidden size, ...); a kernel with one configuration uses the key None. A name ending in "/fp32" is used for operands of

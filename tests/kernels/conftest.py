@@ -1,6 +1,6 @@
 """Fixtures of the kernel tests, and which of them this process can run (see forms.py).
 
-Poisoned scratch memory everywhere; a mended interpreter where TRITON_INTERPRET=1. Tests marked `triton` call Triton
+Poisoned scratch memory everywhere; int32 overflows raise where TRITON_INTERPRET=1. Tests marked `triton` call Triton
 kernels directly: they run here under TRITON_INTERPRET=1 or on a GPU, and are left to test_interpreted.py otherwise.
 """
 
@@ -12,9 +12,9 @@ from tests.kernels.scratch import poisoned_scratch
 MUTATION_LINES = pytest.StashKey[list[str]]()
 
 if forms.INTERPRETED:
-    from tests.kernels.interpreter import mend
+    from tests.kernels.interpreter import watch
 
-    mend()
+    watch()
 
 
 def pytest_configure(config):

@@ -58,10 +58,10 @@ def _warm_up():
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
-    from tests.kernels.interpreter import mend
+    from tests.kernels.interpreter import watch
 
     torch.set_num_threads(1)  # a fork has no threads of its parent
-    mend()
+    watch()
 
     @torch.library.custom_op("heiretsu_warm::up", mutates_args=())
     def up(x: torch.Tensor) -> torch.Tensor:
