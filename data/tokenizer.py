@@ -5,6 +5,7 @@ et al. 2019); its two files come from a folder, from tiktoken's cache, or from t
 them the error says how to supply them.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -113,7 +114,8 @@ def _store(path: Path, content: bytes) -> None:
         beside.write_bytes(content)
         os.replace(beside, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def _merge_ranks(vocab_bpe: bytes, encoder_json: bytes, source: object) -> dict[bytes, int]:

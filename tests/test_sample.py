@@ -128,8 +128,69 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch, flags, complain
     assert "\n" not in exit.value.code
 
 
-@pytest.mark.parametrize("flags", ["--num_tokens -1", "--temperature -0.1", "--temperature nan", "--top_k 0"])
-def test_numbers_that_mean_nothing_are_refused(capsys, flags):
+def test_flags_have_their_defaults_and_arrive_as_given():
+    assert vars(sample.parse_args(["--checkpoint", "x"])) == {
+        "checkpoint": "x",
+        "prompt": "",
+        "num_tokens": 200,
+        "temperature": 0.8,
+        "top_k": None,
+        "seed": 1337,
+        "device": "auto",
+        "fused": False,
+        "vocab_dir": None,
+    }
+    given = (
+        "--checkpoint y --prompt p --num_tokens 0 --temperature 0 --top_k 1 --seed 3 --device cpu --fused --vocab_dir v"
+    )
+    assert vars(sample.parse_args(given.split())) == {
+        "checkpoint": "y",
+        "prompt": "p",
+        "num_tokens": 0,
+        "temperature": 0.0,
+        "top_k": 1,
+        "seed": 3,
+        "device": "cpu",
+        "fused": True,
+        "vocab_dir": "v",
+    }
+    for device in ("cuda", "mps"):
+        assert sample.parse_args(["--checkpoint", "y", "--device", device]).device == device
+
+
+@pytest.mark.parametrize("flags", [[], ["--checkpoint", "x", "--num", "3"], ["--checkpoint", "x", "--device", "tpu"]])
+def test_flags_that_are_missing_or_wrong_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(flags)
+    assert "sample.py: error: " in capsys.readouterr().err
+
+
+def test_help_tells_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(["--help"])
+    assert "tokens to generate (default: 200)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "there, auto", [(("cuda", "mps"), "cuda"), (("mps",), "mps"), ((), "cpu")], ids=["cuda", "mps", "cpu"]
+)
+def test_the_device_is_the_best_there_is_unless_named(monkeypatch, there, auto):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    assert sample.find_device("auto").type == auto
+    for name in ("cuda", "mps", "cpu"):
+        if name in (*there, "cpu"):
+            assert sample.find_device(name).type == name
+        else:
+            with pytest.raises(ValueError, match=f"--device {name} is not available on this machine"):
+                sample.find_device(name)
+
+
+@pytest.mark.parametrize(
+    "flags, least",
+    [("--num_tokens -1", 0), ("--temperature -0.1", 0), ("--temperature nan", 0), ("--top_k 0", 1)],
+)
+def test_numbers_that_mean_nothing_are_refused(capsys, flags, least):
     with pytest.raises(SystemExit):
         sample.parse_args(["--checkpoint", "x", *flags.split()])
-    assert f"error: {flags} must be at least" in capsys.readouterr().err
+    assert f"error: {flags} must be at least {least}\n" in capsys.readouterr().err

@@ -74,7 +74,12 @@ def test_more_chunks_than_there_are_is_an_error_with_both_numbers(chunks, tmp_pa
 def test_meta_reads_back_and_names_the_tokenizer(tmp_path):
     assert read_meta(tmp_path) is None
     assert tokenizer_of(tmp_path) == "gpt2"
+    one_each = META | {"splits": dict.fromkeys(("train", "val"), dict.fromkeys(COUNTS, 1)), "vocab_size": 1}
+    write_meta(tmp_path, one_each)
+    assert read_meta(tmp_path) == one_each
     write_meta(tmp_path, META | {"tokenizer": "bytes"})
+    text = (tmp_path / "meta.json").read_text()
+    assert text.startswith('{\n  "tokenizer": "bytes",\n') and text.endswith("\n}\n")  # to be read by people, too
     assert read_meta(tmp_path) == META | {"tokenizer": "bytes"}
     assert tokenizer_of(tmp_path) == "bytes"
     assert tokenizer_of(None) == "bytes"

@@ -1,9 +1,11 @@
+import inspect
 import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+import unittest.mock
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -324,3 +326,126 @@ def test_no_file_here_hides_a_module_from_the_scripts():
     ours = {path.stem for path in (ROOT / "data").glob("*.py")} - {"__init__"}
     assert "prepare" in ours
     assert ours & (set(sys.stdlib_module_names) | set(packages_distributions())) == set()
+
+
+def test_flags_have_their_defaults_and_arrive_as_given(monkeypatch):
+    monkeypatch.setattr(script.os, "sched_getaffinity", lambda process: set(range(6 if process == 0 else 7)))
+    defaults = vars(script._parse(["a.txt", "b.txt", "--out", "there"]))
+    assert defaults == {
+        "files": ["a.txt", "b.txt"],
+        "out": "there",
+        "tokenizer": "gpt2",
+        "vocab_dir": None,
+        "val_fraction": 0.05,
+        "val_files": [],
+        "separator": None,
+        "shard_tokens": 100_000_000,
+        "workers": 6,
+        "overwrite": False,
+    }
+    signature = inspect.signature(prepare).parameters
+    for name in ("tokenizer", "vocab_dir", "val_fraction", "separator", "shard_tokens", "overwrite"):
+        assert signature[name].default == defaults[name], name
+    assert [signature[name].default for name in ("val_files", "workers", "progress")] == [(), 1, False]
+    given = (
+        "--tokenizer bytes --vocab_dir v --val_fraction 0.5 --val_files c d --separator s --shard_tokens 7 --workers 3"
+    )
+    assert vars(script._parse(["a", "--out", "o", *given.split(), "--overwrite"])) == {
+        "files": ["a"],
+        "out": "o",
+        "tokenizer": "bytes",
+        "vocab_dir": "v",
+        "val_fraction": 0.5,
+        "val_files": ["c", "d"],
+        "separator": "s",
+        "shard_tokens": 7,
+        "workers": 3,
+        "overwrite": True,
+    }
+    monkeypatch.setattr(script.os, "sched_getaffinity", lambda process: set(range(64)))
+    assert script._parse(["a", "--out", "o"]).workers == 32
+    monkeypatch.delattr(script.os, "sched_getaffinity")
+    for cores, workers in ((5, 5), (None, 1)):
+        monkeypatch.setattr(script.os, "cpu_count", lambda cores=cores: cores)
+        assert script._parse(["a", "--out", "o"]).workers == workers
+
+
+@pytest.mark.parametrize("arguments", [["--out", "o"], ["a"], ["a", "--out", "o", "--tokenizer", "words"]])
+def test_flags_that_are_missing_or_wrong_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        script._parse(arguments)
+    assert "prepare.py: error: " in capsys.readouterr().err
+
+
+def test_help_tells_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        script._parse(["--help"])
+    assert "(default: 100000000)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"val_fraction": 0}, "--val_fraction 0: must lie between 0 and 1"),
+        ({"val_fraction": 1}, "--val_fraction 1: must lie between 0 and 1"),
+        ({"shard_tokens": 1}, "--shard_tokens 1: must be at least 2"),
+        ({"workers": 0}, "--workers 0: must be at least 1"),
+        ({"separator": " \n"}, "--separator .*: must hold a character other than white space"),
+    ],
+)
+def test_the_first_value_that_is_too_small_is_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path, **changes)
+
+
+def test_the_smallest_values_are_taken(tmp_path):
+    meta = call(tmp_path, shard_tokens=2, workers=1, val_fraction=0.001)
+    assert meta["splits"]["train"]["shards"] > 1
+    assert call(tmp_path, out=tmp_path / "other", val_fraction=0.999)["splits"]["train"]["tokens"] < 300
+
+
+def test_no_more_workers_are_started_than_there_are_pieces(tmp_path, monkeypatch):
+    asked = []
+
+    def in_order(encode, pieces, workers):
+        asked.append(workers)
+        return ((piece, encode(piece)) for piece in pieces)
+
+    monkeypatch.setattr(script, "_in_order", in_order)
+    monkeypatch.setattr(script, "PIECE_BYTES", 1000)
+    for size, name in ((2999, "a"), (3000, "b")):
+        call(
+            tmp_path,
+            files=[write(tmp_path / f"{name}.txt", "x\n" * (size // 2) + "x" * (size % 2))],
+            out=tmp_path / name,
+            workers=9,
+        )
+    assert asked == [3, 4]
+
+
+def test_text_is_cut_into_pieces_of_a_megabyte_and_shards_of_a_block_at_least():
+    """A piece is what one worker has in memory; 65,536 tokens are more than any block of a model."""
+    assert (script.PIECE_BYTES, script._LEAST_TOKENS) == (1_048_576, 65_536)
+
+
+def test_few_pieces_wait_to_be_written(tmp_path, monkeypatch):
+    """At most four for each worker, however fast they encode: the memory is bounded."""
+    under_way = []
+
+    class Pool:
+        def __init__(self, workers, **_):
+            assert workers == 2
+
+        def submit(self, encode, piece):
+            under_way.append(piece)
+            return unittest.mock.Mock(result=lambda: piece)
+
+        def shutdown(self, cancel_futures):
+            assert cancel_futures
+
+    monkeypatch.setattr(script, "ProcessPoolExecutor", Pool)
+    most = 0
+    for count, (piece, result) in enumerate(script._in_order(None, iter(range(20)), 2)):
+        assert piece == result == count
+        most = max(most, len(under_way) - count)
+    assert most == 8 and count == 19

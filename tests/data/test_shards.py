@@ -50,6 +50,8 @@ BAD_FILES = {
     ),
     "text": (b"Once upon a time " * 200, r"not with the magic number 20240520.*data/prepare.py"),
     "three bytes": (b"\x00\x01\x02", "fewer than 4 bytes"),
+    "only the magic number": (GOOD[:4], "truncated: 4 bytes, but the header alone has 1024"),
+    "header without its last byte": (GOOD[:1023], "truncated: 1023 bytes, but the header alone has 1024"),
     "header cut short": (GOOD[:500], r"truncated: 500 bytes, but the header alone has 1024"),
     "another version": (file_bytes([7], version=2), "shard version 2, only version 1"),
     "Llama 3": (file_bytes([7], magic=20240801, version=7), "Llama-3 shard of uint32"),
@@ -89,6 +91,41 @@ def test_tokens_that_do_not_fit_in_uint16_are_refused(tokens, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("tokens", [[0], [65535], np.array([], dtype=np.float64)])
+def test_tokens_at_the_ends_of_uint16_are_taken(tokens, tmp_path):
+    with ShardWriter(tmp_path / "a.bin") as shard:
+        shard.append([7])
+        shard.append(tokens)
+    assert read_shard(tmp_path / "a.bin").tolist() == [7, *tokens]
+
+
+def test_a_shard_counts_its_tokens_in_an_int32(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.bin: more than 2147483647 tokens in one shard; use smaller shards"):
+        with ShardWriter(tmp_path / "a.bin") as shard:
+            shard.num_tokens = 2**31 - 3
+            shard.append([1, 2])
+            assert shard.num_tokens == 2**31 - 1
+            shard.append([3])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    real, done = (shards.os.fsync, shards.os.replace), []
+
+    def fsync(descriptor):
+        done.append(("on the disk", shards.os.fstat(descriptor).st_size))
+        real[0](descriptor)
+
+    def replace(source, target):
+        done.append(("named", Path(source).stat().st_size))
+        real[1](source, target)
+
+    monkeypatch.setattr(shards.os, "fsync", fsync)
+    monkeypatch.setattr(shards.os, "replace", replace)
+    write_shard(tmp_path / "a.bin", range(100))
+    assert done == [("on the disk", 1224), ("named", 1224)]
+
+
 def test_empty_shard_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="no tokens to write"):
         write_shard(tmp_path / "a.bin", [])
@@ -116,6 +153,15 @@ def test_vocab_check_names_file_id_and_position_in_any_piece(position, monkeypat
     with pytest.raises(ValueError, match=rf"train_000000\.bin: token id 257 at position {position} .* size 257"):
         check_vocab(tokens, 257, "train_000000.bin")
     check_vocab(tokens, 258, "train_000000.bin")
+
+
+def test_a_vocabulary_of_all_uint16_needs_no_check():
+    tokens = np.array([65535], dtype=np.uint16)
+    check_vocab(tokens, 65536, "a.bin")
+    with pytest.raises(ValueError, match="token id 65535 at position 0 is not below the vocabulary size 65535"):
+        check_vocab(tokens, 65535, "a.bin")
+    with pytest.raises(ValueError, match="token id 70000 at position 0"):
+        check_vocab(np.array([70_000]), 65536, "a.bin")
 
 
 def test_vocab_check_stops_at_its_limit():
