@@ -19,7 +19,7 @@ try:
     from heiretsu.data.tokenizer import load_tokenizer
     from heiretsu.kernels import fused, plain
     from heiretsu.model.generate import generate
-    from heiretsu.model.saved import load_model, newest
+    from heiretsu.model.saved import load_model, newest_in, say_on_stderr
     from heiretsu.parallel.checkpoint import read_run
     from heiretsu.run.device import choose_device
 except ModuleNotFoundError as error:
@@ -29,11 +29,11 @@ except ModuleNotFoundError as error:
 def main(args: argparse.Namespace) -> None:
     escape_what_cannot_be_printed()
     try:
-        path = newest(args.checkpoint)
+        path = newest_in(args.checkpoint, say_on_stderr)
         float64 = read_run(path)["config"]["dtype"] == "float64"
         device = torch.device(choose_device(args.device, fused=args.fused, float64=float64))
         ops, kernels = (fused, fused.describe(device)) if args.fused else (plain, "plain PyTorch ops")
-        model, run = load_model(path, ops, device)
+        model, run = load_model(path, ops, device, verified=True)
         tokenizer = load_tokenizer(run["config"]["tokenizer"], args.vocab_dir)
     except ValueError as error:
         sys.exit(f"sample.py: error: {error}")

@@ -18,11 +18,12 @@ except ModuleNotFoundError as error:
 # Before torch, whose import takes seconds: a wrong flag is refused at once.
 CONFIG = parse_args() if __name__ == "__main__" else None
 
+import contextlib
 import json
 import math
 import os
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ from heiretsu.model.cpu_memory import keep_freed_memory
 from heiretsu.model.generate import generate
 from heiretsu.model.gpt import GPT
 from heiretsu.model.run_log import RunLog
-from heiretsu.model.saved import newest
+from heiretsu.model.saved import newest_in
 from heiretsu.model.tuning import kernel_calls
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.engine import Engine
@@ -47,9 +48,12 @@ from heiretsu.parallel.profiling import StepProfiler
 from heiretsu.parallel.replicas import first_difference
 from heiretsu.run.agreement import facts
 from heiretsu.run.device import choose_device
+from heiretsu.run.folders import held_folder, make_folders
 from heiretsu.run.hosts import gather_hosts, placed_rank
 from heiretsu.run.interfaces import use_interface
+from heiretsu.run.resume import Origin, check_changes, find_origin, make_room, named_checkpoint
 from heiretsu.run.roll_call import Report
+from heiretsu.run.saving import Saver
 from heiretsu.run.stop import Stop
 from heiretsu.run.stragglers import Stragglers
 from heiretsu.run.together import together
@@ -67,7 +71,8 @@ def main(config: RunConfig) -> None:
         if device.type == "cpu":
             keep_freed_memory()
         kernels = fused.describe(device) if config.fused else "plain PyTorch ops"
-        resume_from = find_checkpoint(config)
+        make_folders(config, rank)
+        resume_from = named_checkpoint(config)
         if config.tokenizer is None:
             config = config.with_tokenizer(tokenizer_of(config.data_dir))
         train_data, val_data = open_data(
@@ -86,7 +91,7 @@ def main(config: RunConfig) -> None:
     except ValueError as error:
         report = Report(refused=str(error))
     with together(config, backend, rank, report):
-        run(config, device, kernels, train_data, val_data, resume_from)
+        run(config, device, kernels, train_data, val_data)
 
 
 def run(
@@ -95,18 +100,29 @@ def run(
     kernels: str,
     train_data: TokenDataset,
     val_data: TokenDataset,
-    resume_from: Path | None,
 ) -> None:
-    """Build the engine on this rank's mesh, restore it, and train."""
+    """Take the run's folders, build the engine on this rank's mesh, restore it, and train."""
     mesh = make_mesh(config.dp, config.ep, config.pp, config.tp, device)
-    if config.autotune:
-        tune_kernels(config, mesh)
-    engine = build_engine(config, mesh, fused if config.fused else plain)
-    hosts = gather_hosts(mesh)
-    if mesh.rank == 0:
-        print(describe(config, mesh, train_data, kernels), *hosts.describe(), sep="\n", flush=True)
-    first_step = restore(config, engine, resume_from)
-    train(config, mesh, engine, train_data, val_data, first_step)
+
+    def say(line: str) -> None:
+        if mesh.rank == 0:
+            print(line, flush=True)
+
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(held_folder(config, mesh, say))
+            origin = find_origin(config, mesh, say)
+            data = train_data.digest()
+            check_changes(config, as_json(config), origin, data, say)
+        except ValueError as error:
+            refuse(error)
+        if config.autotune:
+            tune_kernels(config, mesh)
+        engine = build_engine(config, mesh, fused if config.fused else plain)
+        hosts = gather_hosts(mesh)
+        say("\n".join([describe(config, mesh, train_data, kernels), *hosts.describe()]))
+        first_step = restore(config, engine, origin, say)
+        train(config, mesh, engine, train_data, val_data, first_step, {"run_id": origin.run_id, "data": data})
 
 
 def find_device(config: RunConfig) -> torch.device:
@@ -141,30 +157,21 @@ def tune_kernels(config: RunConfig, mesh: Mesh) -> None:
         torch.cuda.empty_cache()  # the training's blocks have other sizes
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
-    """What --resume names: a checkpoint, the newest in a folder of them, or for `auto` in --checkpoint_dir, if any."""
-    if config.resume == "none":
-        return None
-    if config.resume == "auto":
-        return (checkpoint.complete(config.checkpoint_dir) or [None])[-1]
-    return newest(config.resume)
-
-
-def restore(config: RunConfig, engine: Engine, path: Path | None) -> int:
+def restore(config: RunConfig, engine: Engine, origin: Origin, say: Callable[[str], None]) -> int:
     """Load a checkpoint into the engine, or the parameters of --init_from; returns the step to go on with."""
-    done = ""
     first_step = 0
     try:
-        if path is not None:
-            first_step = checkpoint.load(path, engine, as_json(config))
-            done = f"resumed {path}: {first_step} of {config.max_iters} steps are done"
+        if origin.path is not None:
+            first_step = checkpoint.load(origin.path, engine, as_json(config), verified=True)
+            left = "" if first_step < config.max_iters else ": nothing is left to do"
+            say(f"resumed {origin.path}: {first_step} of {config.max_iters} steps are done{left}")
         elif config.init_from:
-            checkpoint.load_parameters(newest(config.init_from), engine, as_json(config))
-            done = f"parameters of {newest(config.init_from)}"
+            path = newest_in(config.init_from, say, engine.mesh)
+            checkpoint.load_parameters(path, engine, as_json(config), verified=True)
+            say(f"parameters of {path}")
+        make_room(config, engine.mesh, origin, first_step, say)
     except ValueError as error:
         refuse(error)
-    if done and engine.mesh.rank == 0:
-        print(done, flush=True)
     return first_step
 
 
@@ -179,18 +186,24 @@ def train(
     train_data: TokenDataset,
     val_data: TokenDataset,
     first_step: int = 0,
+    facts: dict[str, str] | None = None,
 ) -> None:
-    """The loop: a step, its log line, and now and then an evaluation or a checkpoint."""
+    """The loop: a step, its log line, and now and then an evaluation or a checkpoint. facts: for the checkpoints."""
     tokenizer = find_tokenizer(config, mesh)  # now, so that nothing is learned at the end of a long run
-    log, stop, ending = RunLog(config, mesh, first_step), Stop(config), None
-    stragglers = Stragglers(mesh)
+    facts = facts or {}
+    log, stop, ending = RunLog(config, mesh, first_step, facts.get("run_id")), Stop(config), None
+    stragglers, saver = Stragglers(mesh), Saver(config, engine, as_json(config), facts, log.say)
+
+    def note() -> int:
+        return stop.note() | saver.note()
+
     with StepProfiler(config.profile, mesh, config.memory_snapshot) as profiler:
         for step in range(first_step, config.max_iters):
             began = time.perf_counter()
             lr = learning_rate(config, step)
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
-            report = engine.step(read_batches(config, mesh, train_data, step), stop.note)
+            report = engine.step(read_batches(config, mesh, train_data, step), note)
             seconds = time.perf_counter() - began
             last = step + 1 == config.max_iters
             record = {"step": step, "loss": report.loss, "aux_loss": report.aux_loss, "grad_norm": report.grad_norm}
@@ -205,13 +218,14 @@ def train(
                     log.say(line)
             check = config.check_replicas and (step + 1) % config.check_replicas == 0
             ending = stop.after(report, first_difference(engine) if check else "")
-            due = config.save_interval and ((step + 1) % config.save_interval == 0 or last)
+            saver.after(report)
+            due = last or (config.save_interval and (step + 1) % config.save_interval == 0)
             if ending.saves if ending else due:
-                path = checkpoint.save(config.checkpoint_dir, step + 1, engine, as_json(config), config.keep)
-                log.say(f"saved {path}")
+                saver.begin(step + 1)
             if ending:
                 log.say(ending.why)
                 break
+    saver.close()
     log.close()
     if ending is not None and ending.status:
         sys.exit(ending.status)

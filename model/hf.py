@@ -28,6 +28,7 @@ from heiretsu.model.config import ModelConfig
 from heiretsu.model.options import VOCAB_SIZES, parse_args
 from heiretsu.model.saved import load_model
 from heiretsu.parallel import checkpoint
+from heiretsu.parallel.checkpoint_folder import checkpoints
 from heiretsu.parallel.mesh import abstract_mesh
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,7 +61,7 @@ def import_gpt2(source: str | os.PathLike, out: str | os.PathLike) -> Path:
 
     Raises ValueError, in one line, for another architecture, tensors that do not fit, or an `out` with checkpoints.
     """
-    if checkpoint.complete(out):
+    if checkpoints(out):
         raise ValueError(f"{out}: holds checkpoints already; import into another folder")
     model = read_config(Path(source))
     weights = from_hf(read_tensors(Path(source)), model)
@@ -230,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     run = {"import": import_gpt2, "export": export_gpt2}[args.direction]
     try:
         path = run(args.source, args.out)
-    except ValueError as error:
+    except (ValueError, checkpoint.SaveError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
     print(f"wrote {path}", file=sys.stderr)  # which prints any name, whatever its encoding
 

@@ -7,6 +7,7 @@ wrong combination is refused in well under a second, on every rank alike, before
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -76,8 +77,10 @@ class RunConfig:
     checkpoint_dir: str | None
     save_interval: int
     resume: str
+    allow_changes: bool
     init_from: str | None
     keep: int
+    on_save_error: Literal["stop", "continue"]
     profile: str | None
     memory_snapshot: bool
     sample_tokens: int
@@ -163,7 +166,7 @@ class _OneLineParser(argparse.ArgumentParser):
 def check(config: RunConfig, world_size: int) -> None:
     """Raise ValueError, in the words of the flags, for a combination that cannot run."""
     _check_ranges(config)
-    _check_model(config.model)
+    check_model(config.model)
     _check_topology(config, world_size)
     if config.amp != "none" and config.dtype == "float64":
         raise ValueError(f"--amp {config.amp} lowers precision and --dtype float64 raises it: choose one of them")
@@ -181,6 +184,8 @@ def check(config: RunConfig, world_size: int) -> None:
         raise ValueError("--resume auto looks in --checkpoint_dir, which is not given")
     if config.init_from and config.resume not in ("none", "auto"):
         raise ValueError("--init_from starts a new run and --resume goes on with one: choose one of them")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--wandb needs wandb, which is not installed: pip install 'heiretsu[wandb]', or leave it out")
     if config.memory_snapshot and not config.profile:
         raise ValueError("--memory_snapshot is written beside the traces: it needs --profile DIR")
     if config.data_dir is not None and not os.path.isdir(config.data_dir):
@@ -210,7 +215,7 @@ def _check_ranges(config: RunConfig) -> None:
         raise ValueError(f"--betas {config.betas[0]} {config.betas[1]} must both be in [0, 1)")
 
 
-def _check_model(model: ModelConfig) -> None:
+def check_model(model: ModelConfig) -> None:
     for name in ("n_layer", "n_head", "n_embed", "block_size"):
         if getattr(model, name) < 1:
             raise ValueError(f"--{name} {getattr(model, name)} must be at least 1")
@@ -330,10 +335,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--sample_tokens", type=int, default=300, help="tokens generated at the end, on one process; 0: none")
     add("--log_file", help="JSON lines, one a step")
     add("--checkpoint_dir", help="default with --save_interval: runs/checkpoints, or runs/RUN_NAME")
-    add("--save_interval", type=int, default=0, help="steps between checkpoints; 0: none")
+    add(
+        "--save_interval", type=int, default=0, help="steps between checkpoints; 0: only the last, if there is a folder"
+    )
     add("--resume", default="none", help="auto: the newest checkpoint of --checkpoint_dir; none; or a path")
+    add(
+        "--allow_changes",
+        action="store_true",
+        help="resume although seed, batch, data, learning rate or the like is not what it was",
+    )
     add("--init_from", help="start from the parameters of this checkpoint (heiretsu.model.hf imports GPT-2's)")
     add("--keep", type=int, default=2, help="checkpoints kept")
+    add("--on_save_error", choices=("stop", "continue"), default="stop", help="what a save that fails does to the run")
     add("--profile", metavar="DIR", help="write torch.profiler traces of three steps there, one for each rank")
     add("--memory_snapshot", action="store_true", help="with --profile on a GPU: also who allocated what")
     add("--wandb", action="store_true")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,32 +28,26 @@ class RunLog:
     """Writes on rank 0 alone; on the other ranks every call does nothing.
 
     A record is one step's numbers. To what the caller gives are added mfu (where the device's peak is known) and
-    memory_mib, the most that rank 0 has held.
+    memory_mib, the most that rank 0 has held. A number that is not finite is null in the file, as JSON has none.
+
+    first_step: what a resumed run begins with; the file, and the wandb run of run_id, hold each step once.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, first_step: int = 0):
+    def __init__(self, config: RunConfig, mesh: Mesh, first_step: int = 0, run_id: str | None = None):
         self.config, self.mesh, self.writes = config, mesh, mesh.rank == 0
-        self.file = self.bar = self.wandb = None
+        self.file: LogFile | None = None
+        self.bar = None
+        self.wandb: Any = None
         if not self.writes:
             return
         self.last_line = time.perf_counter()
         self.peak_flops = peak_flops(mesh, config)
         if config.log_file:
-            Path(config.log_file).parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(config.log_file, "a" if first_step else "w", buffering=1)
+            self.file = LogFile(config.log_file, first_step)
         if sys.stderr.isatty():
             self.bar = tqdm(total=config.max_iters, initial=first_step, unit="step", dynamic_ncols=True)
         if config.wandb:
-            import wandb  # only those who ask for it need it
-
-            self.wandb = wandb
-            wandb.init(
-                project=config.wandb_project,
-                entity=config.wandb_entity,
-                mode=config.wandb_mode,
-                name=config.run_name,
-                config=json.loads(config.to_json()),
-            )
+            self._start_wandb(run_id)
 
     def write(self, record: dict[str, float], report: StepReport) -> None:
         """One step's numbers. record holds at least step, loss and tokens_per_s."""
@@ -58,11 +56,40 @@ class RunLog:
         if self.peak_flops:
             record["mfu"] = record["tokens_per_s"] * self.config.model.flops_per_token / self.peak_flops
         record["memory_mib"] = peak_memory_mib(self.mesh.device)
-        if self.file:
-            print(json.dumps(record), file=self.file)
-        if self.wandb:
-            self.wandb.log({**record, **self._expert_load(report)}, step=record["step"])
+        if self.file and (problem := self.file.append(record)):
+            self.say(f"warning: {problem}")
+        if self.wandb and record["step"] >= self.wandb.run.step:  # a resumed wandb run has the steps before
+            try:
+                self.wandb.log({**record, **self._expert_load(report)}, step=record["step"])
+            except Exception as error:
+                self._lose_wandb(error)
         self._show(record, report)
+
+    def _start_wandb(self, run_id: str | None) -> None:
+        """Where the server cannot be had, the run is recorded on disk, and where that cannot be, without wandb."""
+        for mode in dict.fromkeys((self.config.wandb_mode, "offline")):
+            try:
+                import wandb  # only those who ask for it need it
+
+                wandb.init(
+                    project=self.config.wandb_project,
+                    entity=self.config.wandb_entity,
+                    mode=mode,
+                    name=self.config.run_name,
+                    id=run_id,
+                    resume="allow" if run_id and mode == "online" else None,
+                    config=json.loads(self.config.to_json()),
+                )
+            except Exception as error:  # a network, a key, a full disk: no reason not to train
+                self._lose_wandb(error, "; it is recorded on disk" if mode == "online" else "")
+            else:
+                self.wandb = wandb
+                return
+
+    def _lose_wandb(self, error: Exception, then: str = "") -> None:
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        self.say(f"warning: wandb: {why}: the run goes on without it{then}")
+        self.wandb = None
 
     def _show(self, record: dict[str, float], report: StepReport) -> None:
         """The progress bar on a terminal; elsewhere about twenty lines a run, more of a slow one, and those that say
@@ -104,7 +131,68 @@ class RunLog:
             if sink is not None:
                 sink.close()
         if self.wandb:
-            self.wandb.finish()
+            try:
+                self.wandb.finish()
+            except Exception as error:
+                self._lose_wandb(error)
+
+
+class LogFile:
+    """A file of JSON lines, one a step and each step once. A line is there whole or not at all, on a full disk too.
+
+    first_step: of the run that goes on; what the file holds from there on is taken away, for it will be written again.
+    """
+
+    def __init__(self, path: str | os.PathLike, first_step: int):
+        self.path, self.complained = Path(path), False
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if first_step and self.path.exists():
+            _keep_steps_before(self.path, first_step)
+        self.file = open(self.path, "ab", buffering=0)
+        if not first_step:
+            self.file.truncate(0)
+
+    def append(self, record: dict[str, float]) -> str | None:
+        """Write a line. What went wrong, the first time that something does; training goes on."""
+        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False).encode() + b"\n"
+        end = self.file.tell()
+        try:
+            written = self.file.write(line)
+            if written == len(line):
+                return None
+            error = f"{written} of {len(line)} bytes could be written"
+        except OSError as failure:
+            error = str(failure.strerror)
+        with contextlib.suppress(OSError):
+            self.file.truncate(end)
+        complained, self.complained = self.complained, True
+        return None if complained else f"--log_file {self.path}: {error}: lines are lost until there is room"
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _keep_steps_before(path: Path, first_step: int) -> None:
+    """Rewrite a log with the last line of each step before first_step; a torn line goes. It is replaced as a whole."""
+    lines: dict[int, bytes] = {}
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if isinstance(step, int) and step < first_step:
+                lines[step] = line.rstrip(b"\n") + b"\n"
+    beside = path.with_name(f".{path.name}.part")
+    with open(beside, "wb") as file:
+        file.writelines(lines[step] for step in sorted(lines))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _finite(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def peak_flops(mesh: Mesh, config: RunConfig) -> float | None:

@@ -3,44 +3,61 @@
 from __future__ import annotations
 
 import os
-import warnings
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from heiretsu.model.config import ModelConfig
 from heiretsu.model.gpt import GPT
-from heiretsu.parallel.checkpoint import complete, read_run
-from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.model.options import check_model
+from heiretsu.parallel.checkpoint import read_tensors
+from heiretsu.parallel.checkpoint_folder import newest_whole, say_if_unsealed
+from heiretsu.parallel.checkpoint_seal import read_run, verify
+from heiretsu.parallel.mesh import Mesh, abstract_mesh
 
 
-def newest(path: str | os.PathLike) -> Path:
-    """The checkpoint itself where `path` is one, else the newest of the run's folder. ValueError if there is none."""
+def newest_in(path: str | os.PathLike, say: Callable[[str], None], mesh: Mesh | None = None) -> Path:
+    """The checkpoint itself where `path` is one, else the newest whole one of the run's folder.
+
+    Every file of it has been read against its checksum. ValueError if there is none. With a mesh, all ranks call it,
+    and each reads a share. say: prints a line.
+    """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such folder")
     if (path / "run.json").is_file():
+        verify(path, mesh)
+        say_if_unsealed(path, say)
         return path
-    found = complete(path)
-    if not found:
+    found = newest_whole(path, say, mesh)
+    if found is None:
         raise ValueError(f"{path}: neither a complete checkpoint nor a folder that holds one (step_*/run.json)")
-    return found[-1]
+    return found
 
 
-def load_model(path: str | os.PathLike, ops: ModuleType, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
+def load_model(
+    path: str | os.PathLike, ops: ModuleType, device: str | torch.device = "cpu", verified: bool = False
+) -> tuple[GPT, dict]:
     """The whole model of a checkpoint, in the precision of its parameters, and what its run.json says.
 
-    path: one step's folder, or a run's, whose newest is taken. ops: heiretsu.kernels.plain or .fused. Raises
-    ValueError, in one line, for a torn checkpoint or one of another format.
+    path: one step's folder, or a run's, whose newest whole one is taken; verified: it is from `newest_in`. ops:
+    heiretsu.kernels.plain or .fused. ValueError, in one line, for a damaged checkpoint, or one of another format.
     """
-    path = newest(path)
+    path = Path(path) if verified else newest_in(path, say_on_stderr)
     run = read_run(path)
+    try:
+        config = ModelConfig(**run["config"]["model"])
+        check_model(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: run.json has no model that can be built ({error}): damaged") from error
     dtype = getattr(torch, run["config"]["dtype"])
-    model = GPT(ModelConfig(**run["config"]["model"]), abstract_mesh(device=device), ops, dtype=dtype)
-    tensors = {f"model/{name}": param.detach() for name, param in model.named_parameters()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process, and no process group
-        dcp.load(tensors, checkpoint_id=path)
+    model = GPT(config, abstract_mesh(device=device), ops, dtype=dtype)
+    read_tensors(path, {f"model/{name}": param.detach() for name, param in model.named_parameters()})
     return model.eval(), run
+
+
+def say_on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

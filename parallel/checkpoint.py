@@ -1,94 +1,176 @@
 """Checkpoints that any topology can resume: torch.distributed.checkpoint, with shards as the placement table has them.
 
 Each local piece is wrapped as a DTensor of its whole parameter, so that what is stored is the parameter, whatever the
-mesh that wrote it. A save is complete or absent: it is written beside its place, then renamed into it.
+mesh that wrote it. This page knows the engine; checkpoint_seal.py knows what makes a checkpoint whole, and
+checkpoint_folder.py where it lies.
 
-    DIR/step_00000200/      run.json (step, config, counters), .metadata and *.distcp (tensors)
+How a save comes about: every rank writes its file into the hidden folder and hashes it; rank 0, which
+torch.distributed.checkpoint tells when all have, writes .metadata, run.json and then checksums.json, renames the folder
+into its place and deletes older ones; and all ranks learn how it went. An error on any rank is an error on all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import os
-import re
 import shutil
 import warnings
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from heiretsu.parallel.checkpoint_folder import PART, beside, complete, path_of, publish, rotate
+from heiretsu.parallel.checkpoint_seal import (
+    FORMAT,
+    brief,
+    fingerprint,
+    read_run,
+    seal,
+    verify,
+    write_json,
+)
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.optimizer import LossScaler
 
-FORMAT = 1
-_NAME = re.compile(r"step_(\d{8,})")
+__all__ = ["Copies", "SaveError", "Saving", "complete", "load", "load_parameters", "read_run", "save", "start"]
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MAY_CHANGE = ("dropout", "aux_loss_coef")  # of a model whose parameters stay what they are
 
 
-def save(directory: str | os.PathLike, step: int, engine: Engine, config: dict, keep: int) -> Path:
+class SaveError(RuntimeError):
+    """A save that came to nothing; in one line, with the rank that it failed on. What was there before is untouched."""
+
+
+def save(directory: str | os.PathLike, step: int, engine: Engine, config: dict, keep: int, **facts: Any) -> Path:
     """Save parameters, optimizer, scaler and counters after `step` steps. All ranks call it, on one file system.
 
     config: of the run, JSON; "model" in it is what a resumed run must have too. keep: older checkpoints beyond so many
-    are deleted, once the new one is in place. Returns its path.
+    are deleted, once the new one is in place. facts: whatever else run.json is to hold. Returns its path. Raises
+    SaveError, on every rank alike.
     """
-    final = Path(directory) / f"step_{step:08d}"
-    beside = final.with_name(f".{final.name}.part")
-    mesh = engine.mesh
-    if mesh.rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    _barrier(mesh)
+    writer = _Writer(directory, keep, _describe(step, engine, config, facts))
+    with _quiet(), writer.or_nothing():
+        dcp.save(_tensors(engine), storage_writer=writer)
+    return writer.final
+
+
+def start(
+    directory: str | os.PathLike,
+    step: int,
+    engine: Engine,
+    config: dict,
+    keep: int,
+    group: dist.ProcessGroup | None,
+    copies: Copies,
+    **facts: Any,
+) -> Saving:
+    """The same in the background: returns once the state is copied, and training may go on.
+
+    group: of all ranks, on the CPU, and for nothing but this. copies: in use until the save is done, so that only one
+    can be on its way.
+    """
+    writer = _Writer(directory, keep, _describe(step, engine, config, facts))
+    writer.per_thread_copy_ahead = 0  # nothing is on the GPU any more
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said by the thread of a single process
     with _quiet():
-        dcp.save(_tensors(engine), checkpoint_id=beside)
-    if mesh.rank == 0:
-        scaler = {"scale": engine.scaler.scale, "growth": engine.scaler.growth, "good_steps": engine.scaler.good_steps}
-        run = {"format": FORMAT, "step": step, "optimizer_steps": _optimizer_steps(engine)}
-        with open(beside / "run.json", "w") as file:
-            json.dump({**run, "scaler": scaler, "config": config}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(beside, final)
-        for old in complete(directory)[:-keep]:
-            shutil.rmtree(old)
-    _barrier(mesh)
-    return final
+        future = dcp.async_save(
+            _tensors(engine), storage_writer=writer, process_group=group, async_stager=copies, no_dist=group is None
+        )
+    assert isinstance(future, Future)
+    return Saving(step, writer, future)
 
 
-def load(path: str | os.PathLike, engine: Engine, config: dict) -> int:
-    """Restore what `save` stored, on any mesh. Returns the number of steps that were done.
+@dataclass
+class Saving:
+    """A save that is on its way."""
 
-    Raises ValueError, by name, for a torn checkpoint, another format or another model.
+    step: int
+    writer: _Writer
+    future: Future
+
+    def done(self) -> bool:
+        """Whether it has ended on this rank, well or not. Other ranks may see that a moment earlier or later."""
+        return self.future.done()
+
+    def result(self) -> Path:
+        """Its path, once it has ended. Raises SaveError, on every rank alike."""
+        with self.writer.or_nothing():
+            self.future.result()
+        return self.writer.final
+
+
+class Copies(AsyncStager):
+    """The CPU's copies of a rank's pieces, which are written while training goes on: one set, kept for the next save.
+
+    torch.distributed.checkpoint's own stagers run DTensor operations, whose caches keep the mesh, and with it gloo's
+    threads, until the process ends.
     """
-    run = _matching_run(path, config)
+
+    def __init__(self) -> None:
+        self.pieces: dict[str, torch.Tensor] = {}
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        on_gpu = torch.cuda.is_available()
+        staged = {}
+        for name, tensor in state_dict.items():
+            piece = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+            if name not in self.pieces:
+                self.pieces[name] = torch.empty(piece.shape, dtype=piece.dtype, device="cpu", pin_memory=on_gpu)
+            self.pieces[name].copy_(piece, non_blocking=on_gpu)
+            staged[name] = self.pieces[name]
+            if isinstance(tensor, DTensor):
+                staged[name] = DTensor(self.pieces[name], tensor._spec, requires_grad=False)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return staged
+
+    def synchronize_staging(self) -> None:
+        """Nothing to wait for: `stage` returns when all is copied."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def load(path: str | os.PathLike, engine: Engine, config: dict, verified: bool = False) -> int:
+    """Restore what `save` stored, on any mesh. Returns the number of steps that were done. All ranks call it.
+
+    verified: `verify` has passed it just now. Raises ValueError, in one line, for a torn or damaged checkpoint, another
+    format or another model.
+    """
+    run = _matching_run(path, engine.mesh, config, verified)
     for param in engine.params.values() if run["optimizer_steps"] else ():  # there are no moments before the first
         moments = {name: torch.zeros_like(param) for name in _MOMENTS}
+        # On the parameter's device, where the fused update counts it up.
         steps = torch.full((), float(run["optimizer_steps"]), dtype=torch.float32, device=param.device)
         engine.optimizer.state[param] = {"step": steps, **moments}
-    with _quiet():
-        dcp.load(_tensors(engine), checkpoint_id=Path(path))
+    read_tensors(path, _tensors(engine))
     if run["scaler"]["growth"] == engine.scaler.growth:
         engine.scaler = LossScaler(**run["scaler"])
     return run["step"]
 
 
-def load_parameters(path: str | os.PathLike, engine: Engine, config: dict) -> None:
+def load_parameters(path: str | os.PathLike, engine: Engine, config: dict, verified: bool = False) -> None:
     """The parameters alone, to begin a new run from. Raises ValueError like `load`."""
-    _matching_run(path, config)
-    tensors = {name: tensor for name, tensor in _tensors(engine).items() if name.startswith("model/")}
-    with _quiet():
-        dcp.load(tensors, checkpoint_id=Path(path))
+    _matching_run(path, engine.mesh, config, verified)
+    read_tensors(path, {name: tensor for name, tensor in _tensors(engine).items() if name.startswith("model/")})
 
 
-def _matching_run(path: str | os.PathLike, config: dict) -> dict:
-    """run.json, if it is of the model and dtype that config asks for."""
+def _matching_run(path: str | os.PathLike, mesh: Mesh, config: dict, verified: bool) -> dict:
+    """run.json, if the checkpoint is whole, and of the model and dtype that config asks for."""
+    if not verified:
+        verify(path, mesh)
     run = read_run(path)
     theirs, ours = run["config"]["model"], config["model"]
     differing = [key for key in ours if theirs.get(key) != ours[key] and key not in _MAY_CHANGE]
@@ -100,26 +182,93 @@ def _matching_run(path: str | os.PathLike, config: dict) -> dict:
     return run
 
 
-def read_run(path: str | os.PathLike) -> dict:
-    """The run.json of a complete checkpoint. ValueError if the folder is none."""
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path}: there is no such checkpoint")
-    missing = [name for name in ("run.json", ".metadata") if not (path / name).is_file()]
-    if missing:
-        raise ValueError(f"{path}: not a complete checkpoint: {' and '.join(missing)} missing")
-    run = json.loads((path / "run.json").read_text())
-    if run.get("format") != FORMAT:
-        raise ValueError(f"{path}: checkpoint format {run.get('format')}, only {FORMAT} can be read")
-    return run
+def read_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> None:
+    """ValueError on every rank alike, where reading fails on any. A sealed checkpoint was verified; this is for the
+    others, and for a disk that fails in between."""
+    with _quiet():
+        try:
+            dcp.load(tensors, checkpoint_id=Path(path))
+        except (Exception, CheckpointException) as error:
+            raise ValueError(f"{path}: cannot be loaded ({_reason(error)}): damaged") from error
 
 
-def complete(directory: str | os.PathLike) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first. What a broken save left behind is not among them."""
-    folder = Path(directory)
-    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    whole = [path for path in found if (path / "run.json").is_file() and (path / ".metadata").is_file()]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")))
+@dataclass(frozen=True)
+class _Written(WriteResult):
+    """What a rank tells rank 0 of a piece that it has written: also in which file, and what that file is."""
+
+    file: str
+    fingerprint: dict[str, Any]
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Into the hidden folder; hashed by who wrote it; sealed and renamed by rank 0 when all have written."""
+
+    def __init__(self, directory: str | os.PathLike, keep: int, run: dict[str, Any]):
+        self.final = path_of(directory, run["step"])
+        self.part = beside(self.final, PART)
+        self.keep, self.run = keep, run
+        self.complaint: str | None = None  # rank 0's, of a save that went well
+        super().__init__(self.part)
+
+    def prepare_local_plan(self, plan):
+        return plan  # the folder is rank 0's to make
+
+    def prepare_global_plan(self, plans):
+        shutil.rmtree(self.part, ignore_errors=True)
+        self.part.mkdir(parents=True)
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan, planner):
+        done: torch.futures.Future = torch.futures.Future()
+        results = super().write_data(plan, planner).wait() if plan.items else []  # an empty plan makes an empty file
+        prints = {
+            file: fingerprint(self.part / file) for file in {result.storage_data.relative_path for result in results}
+        }
+        done.set_result(
+            [
+                _Written(
+                    result.index,
+                    result.size_in_bytes,
+                    result.storage_data,
+                    file := result.storage_data.relative_path,
+                    prints[file],
+                )
+                for result in results
+            ]
+        )
+        return done
+
+    def finish(self, metadata, results):
+        super().finish(metadata, results)
+        write_json(self.part / "run.json", self.run)
+        files = {name: fingerprint(self.part / name) for name in (".metadata", "run.json")}
+        files |= {result.file: result.fingerprint for written in results for result in written}
+        seal(self.part, files)
+        publish(self.part, self.final)
+        try:
+            rotate(self.final.parent, self.keep)
+        except OSError as error:
+            self.complaint = f"an older checkpoint could not be deleted ({brief(error)})"
+
+    @contextlib.contextmanager
+    def or_nothing(self):
+        """What the block raises is a SaveError, and of the save nothing is left."""
+        try:
+            yield
+        except (Exception, CheckpointException) as error:
+            if _rank() == 0:  # all ranks have stopped writing: each error has travelled to all
+                shutil.rmtree(self.part, ignore_errors=True)
+            for cause, _ in getattr(error, "failures", {}).values():
+                if isinstance(cause, (KeyboardInterrupt, SystemExit)):
+                    raise cause from None
+            raise SaveError(f"{self.final} could not be saved: {_reason(error)}") from error
+
+
+def _describe(step: int, engine: Engine, config: dict, facts: dict[str, Any]) -> dict[str, Any]:
+    """run.json, as things stand at the call."""
+    scaler = {"scale": engine.scaler.scale, "growth": engine.scaler.growth, "good_steps": engine.scaler.good_steps}
+    run = {"format": FORMAT, "step": step, "optimizer_steps": _optimizer_steps(engine)}
+    return {**run, **facts, "scaler": scaler, "config": config}
 
 
 def _tensors(engine: Engine) -> dict[str, torch.Tensor]:
@@ -149,14 +298,32 @@ def _optimizer_steps(engine: Engine) -> int:
     return max((int(state["step"]) for state in engine.optimizer.state.values()), default=0)
 
 
-def _barrier(mesh: Mesh) -> None:
-    if mesh.world.size > 1:
-        dist.barrier()
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _reason(error: BaseException) -> str:
+    """The first error of the first rank that had one, on one line."""
+    failures = getattr(error, "failures", None)
+    if not failures:
+        return brief(error)
+    rank, (cause, _) = min(failures.items())
+    return brief(cause) if len(failures) == 1 and _world_size() == 1 else f"rank {rank}: {brief(cause)}"
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextlib.contextmanager
 def _quiet():
-    """Without the warnings that torch.distributed.checkpoint gives a single process for being one."""
+    """Without the warnings that torch.distributed.checkpoint gives a single process for being one, and without its
+    pages on what it could not read: that comes as one line."""
+    logger, level = logging.getLogger(), logging.getLogger().level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -12,6 +12,7 @@ from heiretsu.model.options import RunConfig
 from heiretsu.parallel.engine import StepReport
 from heiretsu.run.watch import GAVE_UP
 
+SIGNAL = 0xFF  # of what a rank tells the others, the part that is a signal's number
 _SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "Ctrl-C"}
 
 
@@ -59,7 +60,7 @@ class Stop:
         if self.skips == self.config.max_skips:
             why = f"{self.skips} steps in a row were skipped (--max_skips): the last because {report.not_finite}"
             return Ending(why, GAVE_UP, self.can_save)
-        number = next((note for note in report.notes if note), 0)
+        number = next((note & SIGNAL for note in report.notes if note & SIGNAL), 0)
         if not number:
             return None
         why = f"stopped by {_SIGNALS[signal.Signals(number)]}"

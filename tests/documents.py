@@ -39,6 +39,7 @@ from heiretsu.model.gpt import GPT
 from heiretsu.model.options import RunConfig, parse_args
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.resume import find_origin
 
 ROOT = Path(__file__).parents[1]
 TINY = {"n_layer": 2, "n_head": 2, "n_embed": 16, "block_size": 16}
@@ -319,7 +320,7 @@ class Reader:
             documented = self.models.get(source.rstrip("/"), config.model)
             same_run = replace(documented, dropout=config.model.dropout, aux_loss_coef=config.model.aux_loss_coef)
             assert config.model == same_run, f"{source} is of another model: {documented}"
-        found = train_script.find_checkpoint(config)
+        found = find_origin(config, abstract_mesh(), print).path
         done = 0 if found is None else checkpoint.read_run(found)["step"]
         if config.save_interval:
             self.models[str(config.checkpoint_dir).rstrip("/")] = config.model

@@ -15,7 +15,7 @@ from heiretsu.kernels import plain
 from heiretsu.model.build import build_engine
 from heiretsu.model.generate import generate
 from heiretsu.model.options import parse_args
-from heiretsu.model.saved import load_model, newest
+from heiretsu.model.saved import load_model, newest_in
 from heiretsu.parallel import checkpoint
 from tests.training import dataset
 
@@ -48,8 +48,8 @@ def text(capsys, folder: Path, *flags: str) -> str:
 
 def test_it_is_what_the_model_of_the_newest_checkpoint_says(capsys, dense):
     folder, params = dense
-    path = newest(folder)
-    assert path.name == "step_00000002" and newest(path) == path
+    path = newest_in(folder, print)
+    assert path.name == "step_00000002" and newest_in(path, print) == path
     model, run = load_model(folder, plain)
     assert run["step"] == 2 and not model.training
     for name, param in model.named_parameters():
@@ -114,7 +114,7 @@ def test_the_command_line_keeps_the_text_apart_from_what_made_it(dense):
     "flags, complaint",
     [
         (["--checkpoint", "nowhere"], "nowhere: there is no such folder"),
-        (["--checkpoint", "."], ".: neither a complete checkpoint nor a folder that holds one"),
+        (["--checkpoint", "."], ".: no checkpoint in it is whole: step_00000009: not a complete checkpoint: .metadata"),
         (["--checkpoint", "step_00000009"], "step_00000009: not a complete checkpoint: .metadata missing"),
     ],
 )

@@ -11,26 +11,32 @@ from heiretsu.kernels import plain
 from heiretsu.model.build import build_engine
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.saving import Saver
 from tests.training import DENSE, MIXTURE, Trace, dataset, failures, pieces, run_config, single_process
 
 BEFORE, AFTER, TOLERANCE = 3, 3, 1e-9
 MESHES = {"one": {}, "dp2xtp2": {"dp": 2, "tp": 2}, "pp2xep2": {"pp": 2, "ep": 2}, "tp4": {"tp": 4}}
 
 
-def steps(mesh, config, first, stop, folder, load, save):
-    """Run steps first..stop-1, from a checkpoint if `load`, to one if `save`."""
+def steps(mesh, config, first, stop, folder, load=False, save_after=None):
+    """Run steps first..stop-1, from a checkpoint if `load`; one is written behind the steps that follow save_after."""
     engine = build_engine(config, mesh, plain)
     as_json = json.loads(config.to_json())
     if load:
         assert checkpoint.load(checkpoint.complete(folder)[-1], engine, as_json) == first
     data = dataset(config.model.vocab_size, config.model.block_size)
     trace = Trace()
+    said: list[str] = []
+    saver = Saver(replace(config, checkpoint_dir=str(folder)), engine, as_json, {"run_id": "a"}, said.append)
     for step in range(first, stop):
-        report = engine.step(train_script.read_batches(config, mesh, data, step))
+        report = engine.step(train_script.read_batches(config, mesh, data, step), saver.note)
         trace.losses.append(report.loss)
         trace.grad_norms.append(report.grad_norm)
-    if save:
-        checkpoint.save(folder, stop, engine, as_json, keep=2)
+        saver.after(report)
+        if step + 1 == save_after:
+            saver.begin(save_after)
+    saver.close()
+    assert said == ([] if save_after is None else [f"saved {folder}/step_{save_after:08d}"])
     trace.params = pieces(engine, {name: param.detach() for name, param in engine.params.items()})
     return trace
 
@@ -50,10 +56,9 @@ def whole():
     [("dp2xtp2", "pp2xep2"), ("pp2xep2", "one"), ("one", "tp4"), ("tp4", "dp2xtp2")],
 )
 def test_a_run_saved_on_one_mesh_goes_on_on_another(ranks, tmp_path, whole, saved_on, resumed_on):
-    ranks(steps, config_on(MESHES[saved_on]), 0, BEFORE, tmp_path, False, True, **MESHES[saved_on])
-    traces = ranks(
-        steps, config_on(MESHES[resumed_on]), BEFORE, BEFORE + AFTER, tmp_path, True, False, **MESHES[resumed_on]
-    )
+    ranks(steps, config_on(MESHES[saved_on]), 0, BEFORE + 1, tmp_path, save_after=BEFORE, **MESHES[saved_on])
+    config = config_on(MESHES[resumed_on])
+    traces = ranks(steps, config, BEFORE, BEFORE + AFTER, tmp_path, load=True, **MESHES[resumed_on])
     expected = Trace(losses=whole.losses[BEFORE:], grad_norms=whole.grad_norms[BEFORE:], params=whole.params)
     assert failures(traces, expected, TOLERANCE) == {}
 
@@ -61,9 +66,8 @@ def test_a_run_saved_on_one_mesh_goes_on_on_another(ranks, tmp_path, whole, save
 @pytest.mark.parametrize("mesh", ["one", "dp2xtp2", "pp2xep2"])
 def test_resuming_on_the_same_mesh_changes_no_bit(ranks, tmp_path, mesh):
     config, sizes = config_on(MESHES[mesh]), MESHES[mesh]
-    straight = ranks(steps, config, 0, BEFORE + AFTER, tmp_path, False, False, **sizes)
-    ranks(steps, config, 0, BEFORE, tmp_path, False, True, **sizes)
-    resumed = ranks(steps, config, BEFORE, BEFORE + AFTER, tmp_path, True, False, **sizes)
+    straight = ranks(steps, config, 0, BEFORE + AFTER, tmp_path, save_after=BEFORE, **sizes)
+    resumed = ranks(steps, config, BEFORE, BEFORE + AFTER, tmp_path, load=True, **sizes)
     for ours, theirs in zip(resumed, straight, strict=True):
         assert ours.losses == theirs.losses[BEFORE:]
         for name, (_, _, values) in theirs.params.items():
