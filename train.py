@@ -226,6 +226,7 @@ def train(
                 log.say(ending.why)
                 break
     saver.close()
+    stop.close()
     log.close()
     if ending is not None and ending.status:
         sys.exit(ending.status)

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -174,7 +175,10 @@ def main(argv: list[str] | None = None) -> None:
     own = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", add_help=False, allow_abbrev=False)
     own.add_argument("--wait_s", type=float, default=WAIT_S)
     given, rest = own.parse_known_args(argv)
-    from torch.distributed.run import get_args_parser, run  # slow, and wrong flags are refused above
+    # Slow, and --wait_s is refused above.
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
 
     args = get_args_parser().parse_args(rest)
     nnodes = int(str(args.nnodes).rpartition(":")[2])
@@ -187,7 +191,14 @@ def main(argv: list[str] | None = None) -> None:
         if problem is not None:
             print(f"{PROGRAM}: error: {problem}", file=sys.stderr, flush=True)
             sys.exit(2)
-    run(args)
+    try:
+        run(args)
+    except SignalException as ended:
+        print(f"{PROGRAM}: node {args.node_rank} was ended by {signal.Signals(ended.sigval).name}", flush=True)
+        sys.exit(128 + ended.sigval)
+    except ChildFailedError as failed:
+        print(failed, file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

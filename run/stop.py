@@ -39,7 +39,9 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS if self.can_save or config.num_ranks > 1 else [signal.SIGINT]:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs want it
+            # A shell has what it runs in the background ignore Ctrl-C. SIGUSR1 is ignored on the way here, by a launcher
+            # that must pass it on.
+            if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -47,6 +49,12 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
+
+    def close(self) -> None:
+        """No more signals are waited for. A warning may come again, and finds Python, at its end, without its handlers:
+        it would then kill a run that is over."""
+        if signal.getsignal(signal.SIGUSR1) == self._receive:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def note(self) -> int:
         """For `Engine.step`, which asks at the end of the step."""

@@ -1,0 +1,180 @@
+"""What each axis costs on the wire: two hosts, one rank each, with a cable of --rate between them; Linux, as root.
+
+    python bench/parallel.py --hosts 2 --rate 1gbit
+    python bench/parallel.py --hosts 2 --rate 100mbit --axes dp --n_embed 256
+
+The hosts are network namespaces of this machine (bench/network.py), so that no other machine and no address of this one
+takes part. For each axis, a step: its median time; the bytes that our collectives ask to send, beside those that the
+interface of the host has sent, headers and acknowledgements included; the share of the time for which the step waits
+for messages; and for dp, how much of what the gradients send had left when the backward pass ended, which is what
+overlap is.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__" and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
+    del sys.path[0]  # this folder's file names are not names for `import`
+if importlib.util.find_spec("heiretsu") is None:
+    sys.exit("heiretsu is not installed: run `pip install -e .` in the repository")
+
+import torch
+import torch.distributed as dist
+
+from heiretsu.bench import network, tables
+from heiretsu.bench.wire import BytesSent, waiting
+from heiretsu.kernels import plain
+from heiretsu.model.build import build_engine
+from heiretsu.model.options import RunConfig, parse_args
+from heiretsu.parallel.engine import Engine
+from heiretsu.parallel.mesh import make_mesh, process_groups
+from heiretsu.parallel.pipeline import Microbatch
+from heiretsu.run.interfaces import use_interface
+
+AXES = ("dp", "tp", "pp", "ep")
+WARMUP_STEPS = 2
+SETTLING_S = 0.3  # for the last packets of a step to leave
+MARK = "wire: "  # before the line in which rank 0 reports
+HEADERS = ["axis", "ms/step", "waits %", "counted KB", "interface KB", "ratio", "sent in backward %"]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--hosts", type=int, choices=(2,), default=2)
+    parser.add_argument("--rate", default="1gbit", help="of each direction, as tc spells it: 100mbit, 1gbit")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
+    parser.add_argument("--steps", type=int, default=10, help="that are timed")
+    for name, default in {"n_layer": 4, "n_embed": 128, "block_size": 64, "batch_size": 8}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--bucket_kb", type=int, default=256, help="gradients that dp sends at a time")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--rank_of", choices=AXES, help=argparse.SUPPRESS)  # one rank's part, for one axis
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parse(argv)
+    if flags.rank_of:
+        measure_rank(flags)
+        return
+    if lacking := network.lacking():
+        sys.exit(f"bench/parallel.py: two hosts on one machine need: {lacking}")
+    with network.network() as net:
+        net.rate(flags.rate)
+        figures = {axis: measure(net, axis, sys.argv[1:] if argv is None else argv) for axis in flags.axes}
+    print(f"2 hosts with 1 rank each, {flags.rate} between them; {torch.__version__}, gloo")
+    print(tables.aligned(HEADERS, [table_row(axis, found) for axis, found in figures.items()]))
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def measure(net: network.Network, axis: str, argv: list[str]) -> dict:
+    """What both ranks found, of the one that waits longer."""
+    processes = []
+    for rank, host in enumerate(net.hosts):
+        launcher = ["-m", "heiretsu.run.launch", "--nnodes=2", f"--node_rank={rank}", "--master_addr=alder"]
+        program = [Path(__file__).resolve(), *argv, "--rank_of", axis]
+        processes.append(host.start(sys.executable, *launcher, "--nproc_per_node=1", *program))
+    found = []
+    for process in processes:
+        if process.wait():
+            sys.exit(f"{axis}: {process.text()}")
+        found += [json.loads(line[len(MARK) :]) for line in process.text().splitlines() if line.startswith(MARK)]
+    return max(found, key=lambda one: one["waits"])
+
+
+def table_row(axis: str, found: dict) -> list[str]:
+    kilobytes = [f"{found[name] / 1e3:,.1f}" for name in ("counted", "wire")]
+    early = "-" if found["sent_in_backward"] is None else f"{100 * found['sent_in_backward']:.0f}"
+    ratio = f"{found['wire'] / found['counted']:.3f}"
+    return [axis, f"{1e3 * found['seconds']:.0f}", f"{100 * found['waits']:.0f}", *kilobytes, ratio, early]
+
+
+# One rank
+
+
+def measure_rank(flags: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    use_interface("gloo", os.environ)
+    with process_groups("gloo", 2):
+        found = on_mesh(flags)
+    print(MARK + json.dumps(found), flush=True)
+
+
+def on_mesh(flags: argparse.Namespace) -> dict:
+    config = config_of(flags)
+    mesh = make_mesh(config.dp, config.ep, config.pp, config.tp)
+    engine = build_engine(config, mesh, plain)
+    engine.averager = type(engine.averager)(engine.params, engine.table, 1000 * flags.bucket_kb)
+    generator = torch.Generator().manual_seed(mesh.replica.index)
+    tokens = torch.randint(
+        config.model.vocab_size,
+        (config.grad_accum_steps, config.batch_size, config.model.block_size + 1),
+        generator=generator,
+    )
+    batches = [Microbatch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), i) for i, x in enumerate(tokens)]
+    for _ in range(WARMUP_STEPS):
+        engine.step(batches)
+    found = counted_step(engine, batches)
+    times, waits = [], 0.0
+    for _ in range(flags.steps):
+        dist.barrier()
+        began = time.perf_counter()
+        with waiting() as waited:
+            engine.step(batches)
+        times.append(time.perf_counter() - began)
+        waits += waited.seconds
+    return {**found, "seconds": statistics.median(times), "waits": waits / sum(times)}
+
+
+def config_of(flags: argparse.Namespace) -> RunConfig:
+    """The step on an axis of two: the same batch of a step for each."""
+    line = ["--device", "cpu", f"--{flags.rank_of}", "2", "--n_head", "2", "--sample_tokens", "0"]
+    for name in ("n_layer", "n_embed", "block_size"):
+        line += [f"--{name}", str(getattr(flags, name))]
+    if flags.rank_of == "ep":
+        line += ["--num_experts", "4"]
+    config = parse_args(line, world_size=2)
+    microbatches = 4 if config.pp > 1 else 1
+    return replace(
+        config, grad_accum_steps=microbatches, batch_size=flags.batch_size // (config.replicas * microbatches)
+    )
+
+
+def counted_step(engine: Engine, batches: list[Microbatch]) -> dict:
+    """Bytes of one step: that our collectives ask to send, that the interface sent, and for dp what share of it had
+    left by the end of the backward pass."""
+    marks: dict[str, int] = {}
+    finish = engine.averager.finish
+
+    def finish_marked():
+        marks["backward_ended"] = sent_by_interface()
+        finish()
+
+    engine.averager.finish = finish_marked
+    dist.barrier()
+    time.sleep(SETTLING_S)
+    before = sent_by_interface()
+    with BytesSent() as counted:
+        engine.step(batches)
+    time.sleep(SETTLING_S)
+    after = sent_by_interface()
+    del engine.averager.finish
+    early = (marks["backward_ended"] - before) / (after - before) if engine.mesh.dp.size > 1 else None
+    return {"counted": counted.total, "by": counted.bytes, "wire": after - before, "sent_in_backward": early}
+
+
+def sent_by_interface() -> int:
+    """Bytes that this host's end of the cable has sent: it has no other interface than that and loopback."""
+    return network.interface_bytes(Path("/proc/net/dev").read_text(), "tx")
+
+
+if __name__ == "__main__":
+    main()
