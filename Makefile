@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+INSTALL ?=
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test mutate lint format types emulate audit bench wheel clean
+.PHONY: help install train test mutate lint format types emulate audit bench cluster wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -61,6 +62,10 @@ emulate: $(VENV)/.installed-dev ## run the compiled kernels' PTX on the emulator
 
 audit: $(VENV)/.installed-dev ## compile every kernel ahead of time and check registers, spills and bounds
 	$(BIN)/python bench/kernels.py --audit $(ARGS)
+
+cluster: $(VENV)/.installed-dev ## several machines, as two hosts on this one, with a Slurm (root; INSTALL=yes lets apt-get bring it)
+	@$(BIN)/python -m tests.cluster $(if $(INSTALL),--install)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(ARGS)
 
 bench: $(VENV)/.installed-dev ## measure the kernels against their alternatives
 	$(BIN)/python bench/kernels.py $(ARGS)

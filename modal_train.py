@@ -3,22 +3,29 @@
     python modal_train.py                       # check the configuration and print what it would cost; rents nothing
     modal run modal_train.py::download          # once: FineWeb-10B shards onto the volume
     modal run --detach modal_train.py           # train, or go on from the last checkpoint
+    modal run --detach modal_train.py --nodes 2 # the same on the GPUs of two containers
     modal run modal_train.py::bench             # bench/kernels.py on one GPU
     modal run modal_train.py::parity            # the kernel tests on one GPU
 
 Needs `pip install -e '.[modal]'`, `modal setup`, and for wandb a secret of that name with WANDB_API_KEY in it.
 
 A preempted run is started again by Modal with the same arguments; --resume auto then goes on from the last checkpoint.
+
+Between containers only dp may run. A volume is no file system that containers share: each sees what it had when the
+container started, and its own writes. So the first container must hold a whole model, whose checkpoint it then writes
+and commits alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 try:
     import modal
@@ -117,13 +124,29 @@ def remote_flags(config: Mapping[str, object]) -> list[str]:
     return [*flags(config), "--data_dir", DATA, "--checkpoint_dir", folder, "--resume", "auto"]
 
 
-def checked(config: Mapping[str, object], gpu: str) -> RunConfig:
+def asked_nodes(command_line: list[str]) -> int:
+    """--nodes, ahead of Modal's own reading: of how many containers a function is made is fixed when it is declared."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nodes", type=int, default=1)
+    return max(1, parser.parse_known_args(command_line)[0].nodes)
+
+
+def checked(config: Mapping[str, object], gpu: str, nodes: int = 1) -> RunConfig:
     """The run as train.py will read it. Exits with one line if it would refuse it, or if Modal has no such machine."""
     gpus = num_gpus(config)
     if gpu not in GPUS:
         sys.exit(f"GPU {gpu!r} is none of {', '.join(GPUS)}")
-    if gpus > GPUS_PER_CONTAINER:
-        sys.exit(f"TRAINING_CONFIG: dp x ep x pp x tp = {gpus} GPUs, but a container has at most {GPUS_PER_CONTAINER}")
+    if gpus % nodes:
+        sys.exit(f"TRAINING_CONFIG: dp x ep x pp x tp = {gpus} GPUs, which --nodes {nodes} does not divide")
+    if gpus > GPUS_PER_CONTAINER * nodes:
+        most = f"a container has at most {GPUS_PER_CONTAINER}: raise --nodes {nodes}, or lower dp"
+        sys.exit(f"TRAINING_CONFIG: dp x ep x pp x tp = {gpus} GPUs, but {most}")
+    replica = gpus // int(str(config.get("dp", 1)))
+    if nodes > 1 and (gpus // nodes) % replica:
+        sys.exit(
+            f"TRAINING_CONFIG: ep x pp x tp = {replica} GPUs hold a model, but a container of --nodes {nodes} has "
+            f"{gpus // nodes}, and only dp may run between containers: choose fewer nodes, or raise dp"
+        )
     run = parse_args([*flags(config), "--checkpoint_dir", CHECKPOINTS], world_size=gpus)
     memory_gb = GPUS[gpu][1]
     if state_gb(run) > memory_gb:
@@ -150,14 +173,14 @@ def estimate(config: RunConfig, gpu: str, gpus: int) -> tuple[float, float]:
     return hours, hours * dollars * gpus
 
 
-def plan(config: Mapping[str, object] = TRAINING_CONFIG, gpu: str = GPU) -> str:
+def plan(config: Mapping[str, object] = TRAINING_CONFIG, gpu: str = GPU, nodes: int = 1) -> str:
     """What the configuration asks for and about what it costs, after checking it."""
-    run, gpus = checked(config, gpu), num_gpus(config)
+    run, gpus = checked(config, gpu, nodes), num_gpus(config)
     hours, dollars = estimate(run, gpu, gpus)
     tokens, (_, memory_gb, price) = run.tokens_per_step * run.max_iters, GPUS[gpu]
     return "\n".join(
         [
-            f"machine: {gpus} x {gpu}",
+            f"machine: {gpus} x {gpu}" + (f" in {nodes} containers" if nodes > 1 else ""),
             f"command: {shlex.join(['train.py', *remote_flags(config)])}",
             f"tokens:  {run.tokens_per_step:,} a step, {tokens:,} in {run.max_iters} steps",
             f"memory:  {state_gb(run):.1f} of {memory_gb} GB a GPU for weights, gradients, AdamW; then activations",
@@ -189,20 +212,59 @@ training_image = make_image("fineweb", "wandb")
 checks_image = make_image("bench", "test")
 
 
+NODES = asked_nodes(sys.argv[1:])
+
+
+def on_nodes(function: Callable) -> Any:
+    """The function on a cluster of NODES containers at once, or as it is on one. Modal 1.6 has both names out of its
+    experimental module; the oldest that we allow, 1.0, has them only there."""
+    if NODES == 1:
+        return function
+    clustered = modal.clustered if hasattr(modal, "clustered") else modal.experimental.clustered
+    return clustered(size=NODES, rdma=True)(function)
+
+
+def place_in_cluster() -> tuple[int, list[str]]:
+    """In a container of a cluster: its number, and the addresses of all its containers, in order."""
+    if hasattr(modal, "Cluster"):
+        cluster = modal.Cluster.from_context()
+        return cluster.container_rank(), list(cluster.container_ips())
+    info = modal.experimental.get_cluster_info()
+    return info.rank, list(info.container_ips)
+
+
 @app.function(
     image=training_image,
-    gpu=f"{GPU}:{num_gpus(TRAINING_CONFIG)}",
+    gpu=f"{GPU}:{max(1, num_gpus(TRAINING_CONFIG) // NODES)}",
     volumes={DATA: data_volume, CHECKPOINTS: checkpoint_volume},
     secrets=secrets,
     timeout=24 * 3600,
+    # A container of several that ends takes the others with it: all begin anew, from the last checkpoint.
+    retries=modal.Retries(initial_delay=0.0, max_retries=5) if NODES > 1 else None,
 )
-def train(gpus: int, arguments: list[str]) -> None:
-    """In the container: torchrun, and the checkpoints made durable whatever ends it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "train.py"]
+@on_nodes
+def train(nodes: int, gpus: int, arguments: list[str]) -> None:
+    """In each container. gpus: of one. The first makes the checkpoints durable, whatever ends it."""
+    node, addresses = place_in_cluster() if nodes > 1 else (0, ["localhost"])
     try:
-        run_to_the_end([*command, *arguments], cwd=SOURCE)
+        train_on_node(node, addresses, gpus, arguments, cwd=SOURCE)
     finally:
-        checkpoint_volume.commit()
+        if node == 0:
+            checkpoint_volume.commit()
+
+
+def train_on_node(node: int, addresses: list[str], gpus: int, arguments: list[str], cwd: str) -> None:
+    """One container's share of the run. addresses: of all containers, by number."""
+    launcher = ["torch.distributed.run", "--standalone"]
+    if len(addresses) > 1:
+        first = f"[{addresses[0]}]" if ":" in addresses[0] else addresses[0]
+        launcher = [
+            "heiretsu.run.launch",
+            f"--nnodes={len(addresses)}",
+            f"--node_rank={node}",
+            f"--master_addr={first}",
+        ]
+    run_to_the_end([sys.executable, "-m", *launcher, f"--nproc_per_node={gpus}", "train.py", *arguments], cwd=cwd)
 
 
 def run_to_the_end(command: list[str], cwd: str) -> None:
@@ -246,11 +308,11 @@ def parity(arguments: str = "") -> None:
 
 
 @app.local_entrypoint()
-def main() -> None:
-    """On this machine: check, say what it costs, and only then rent."""
-    print(plan(), flush=True)
-    train.remote(num_gpus(TRAINING_CONFIG), remote_flags(TRAINING_CONFIG))
+def main(nodes: int = 1) -> None:
+    """On this machine: check, say what it costs, and only then rent. nodes: containers, each with its share of GPUs."""
+    print(plan(nodes=nodes), flush=True)
+    train.remote(nodes, num_gpus(TRAINING_CONFIG) // nodes, remote_flags(TRAINING_CONFIG))
 
 
 if __name__ == "__main__":
-    print(plan())
+    print(plan(nodes=NODES))

@@ -14,11 +14,13 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import statistics
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 if __name__ == "__main__" and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]  # this folder's file names are not names for `import`
@@ -66,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if lacking := network.lacking():
         sys.exit(f"bench/parallel.py: two hosts on one machine need: {lacking}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # takes down all that was made, as Ctrl-C does
     with network.network() as net:
         net.rate(flags.rate)
         figures = {axis: measure(net, axis, sys.argv[1:] if argv is None else argv) for axis in flags.axes}
@@ -80,7 +83,7 @@ def measure(net: network.Network, axis: str, argv: list[str]) -> dict:
     processes = []
     for rank, host in enumerate(net.hosts):
         launcher = ["-m", "heiretsu.run.launch", "--nnodes=2", f"--node_rank={rank}", "--master_addr=alder"]
-        program = [Path(__file__).resolve(), *argv, "--rank_of", axis]
+        program = [str(Path(__file__).resolve()), *argv, "--rank_of", axis]
         processes.append(host.start(sys.executable, *launcher, "--nproc_per_node=1", *program))
     found = []
     for process in processes:
@@ -158,15 +161,13 @@ def counted_step(engine: Engine, batches: list[Microbatch]) -> dict:
         marks["backward_ended"] = sent_by_interface()
         finish()
 
-    engine.averager.finish = finish_marked
     dist.barrier()
     time.sleep(SETTLING_S)
     before = sent_by_interface()
-    with BytesSent() as counted:
+    with patch.object(engine.averager, "finish", finish_marked), BytesSent() as counted:
         engine.step(batches)
     time.sleep(SETTLING_S)
     after = sent_by_interface()
-    del engine.averager.finish
     early = (marks["backward_ended"] - before) / (after - before) if engine.mesh.dp.size > 1 else None
     return {"counted": counted.total, "by": counted.bytes, "wire": after - before, "sent_in_backward": early}
 

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -76,8 +77,5 @@ def waiting() -> Iterator[Waiting]:
         finally:
             found.seconds += time.perf_counter() - began
 
-    work.wait = timed
-    try:
+    with patch.object(work, "wait", timed):
         yield found
-    finally:
-        work.wait = wait

@@ -71,6 +71,42 @@ def test_modal_run_finds_each_entry(name):
     assert ("--shards" in done.stdout) == (name == "download")
 
 
+def test_nodes_make_a_cluster_of_containers_that_share_the_gpus(monkeypatch):
+    clusters, clustered = [], modal.clustered
+    monkeypatch.setattr(sys, "argv", ["modal", "run", "modal_train.py", "--nodes", "2"])
+    monkeypatch.setattr(modal, "clustered", lambda **kwargs: clusters.append(kwargs) or clustered(**kwargs))
+    calls = recorded(monkeypatch, modal.App, "function")
+    load()
+    assert clusters == [{"size": 2, "rdma": True}]
+    assert calls[0][1]["gpu"] == "A100-40GB:2" and calls[0][1]["retries"].max_retries > 0
+    monkeypatch.delattr(modal, "clustered")  # as in modal 1.0 to 1.5
+    monkeypatch.setattr(
+        modal.experimental, "clustered", lambda **kwargs: clusters.append(kwargs) or clustered(**kwargs)
+    )
+    load()
+    assert clusters[1:] == clusters[:1]
+
+
+def test_a_container_finds_its_place_in_the_cluster(monkeypatch):
+    addresses = ["fd00::1", "fd00::2"]
+    context = modal._cluster.ClusterContext(1, "cu-1", addresses, ["192.0.2.1", "192.0.2.2"], [])
+    monkeypatch.setattr(modal._cluster, "current_cluster_context", context)
+    assert script.place_in_cluster() == (1, addresses)
+    monkeypatch.delattr(modal, "Cluster")  # as in modal 1.0 to 1.5
+    assert script.place_in_cluster() == (1, addresses)
+
+
+def test_only_the_first_container_of_a_cluster_commits(monkeypatch):
+    ran, commits = [], []
+    monkeypatch.setattr(script, "train_on_node", lambda *args, **_: ran.append(args))
+    monkeypatch.setattr(script.checkpoint_volume, "commit", lambda: commits.append(len(ran)))
+    for node in (0, 1):
+        monkeypatch.setattr(script, "place_in_cluster", lambda node=node: (node, ["fd00::1", "fd00::2"]))
+        script.train.info.raw_f(2, 8, ["--dp", "16"])
+    assert ran == [(node, ["fd00::1", "fd00::2"], 8, ["--dp", "16"]) for node in (0, 1)]
+    assert commits == [1]
+
+
 def test_images_install_from_our_constraints(monkeypatch):
     """torch, triton and the rest have the versions of constraints.txt, because pip reads that very file."""
     files = recorded(monkeypatch, modal.Image, "add_local_file")
@@ -158,11 +194,29 @@ def test_cost_is_flops_over_what_the_gpus_do_in_an_hour():
     ],
 )
 def test_what_train_would_refuse_is_refused_before_anything_is_rented(change, gpu, message, monkeypatch, capsys):
-    monkeypatch.setattr(script, "plan", lambda: script.checked({**CONFIG, **change}, gpu))
+    monkeypatch.setattr(script, "plan", lambda **_: script.checked({**CONFIG, **change}, gpu))
     monkeypatch.setattr(script.train, "remote", lambda *_: pytest.fail("rented"))
     with pytest.raises(SystemExit) as refusal:
         script.main.info.raw_f()
     assert message in f"{refusal.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    "change, nodes, message",
+    [
+        ({}, 3, "4 GPUs, which --nodes 3 does not divide"),
+        ({"dp": 12}, 2, "24 GPUs, but a container has at most 8: raise --nodes 2, or lower dp"),
+        ({"dp": 1, "tp": 4}, 2, "ep x pp x tp = 4 GPUs hold a model, but a container of --nodes 2 has 2"),
+        ({"dp": 2, "tp": 2, "ep": 2}, 4, "ep x pp x tp = 4 GPUs hold a model, but a container of --nodes 4 has 2"),
+    ],
+)
+def test_what_cannot_be_spread_over_containers_is_refused(change, nodes, message):
+    with pytest.raises(SystemExit, match=message):
+        script.plan({**CONFIG, **change}, "H100", nodes)
+
+
+def test_plan_of_several_containers_names_them():
+    assert "machine: 16 x H100 in 2 containers" in script.plan({**CONFIG, "dp": 8}, "H100", nodes=2)
 
 
 def test_a_failing_run_fails_its_container(tmp_path):
