@@ -39,8 +39,8 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS if self.can_save or config.num_ranks > 1 else [signal.SIGINT]:
-            # A shell has what it runs in the background ignore Ctrl-C. SIGUSR1 is ignored on the way here, by a launcher
-            # that must pass it on.
+            # A shell has what it runs in the background ignore Ctrl-C; train.sbatch has all on the way to the ranks
+            # ignore SIGUSR1.
             if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._receive)
 
