@@ -7,8 +7,10 @@ program of your own:
 
     model = patch(GPT2LMHeadModel.from_pretrained("gpt2"))
 
-The ops run as Triton kernels on a GPU and as fast CPU forms elsewhere. Batches with padding are refused, because the
-attention has no mask but the causal one: pack sequences, or leave those calls to the unpatched model.
+The ops run as Triton kernels on a GPU and as fast CPU forms elsewhere. The attention is causal, and documents packed
+into one row stay apart, as they do in transformers: where position_ids begin anew (and there is neither a mask nor a
+cache: pass use_cache=False). Any other mask is refused, padding too: pack the sequences, or leave those calls to the
+unpatched model.
 """
 
 import sys
@@ -25,22 +27,52 @@ except ModuleNotFoundError as error:
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """transformers' attention interface. query: (B, H, T, D); key, value: (B, H, S, D). Returns (B, T, H, D), None."""
-    if attention_mask is not None:
+    """transformers' attention interface. query: (B, H, T, D); key, value: (B, H, S, D). Returns (B, T, H, D), None.
+
+    attention_mask: None, or what `documents` returned.
+    """
+    seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0  # the caller's random state decides the mask
+    options = {"causal": True, "scale": scaling, "dropout_p": dropout, "seed": seed}
+    if attention_mask is None:
+        return fused.attention(query, key, value, **options).transpose(1, 2), None
+    if attention_mask.dim() != 2:
         raise ValueError("heiretsu's attention has the causal mask and no other")
-    seed = int(torch.randint(2**62, ())) if dropout else 0  # the caller's random state decides the mask
-    out = fused.attention(query, key, value, causal=True, scale=scaling, dropout_p=dropout, seed=seed)
-    return out.transpose(1, 2), None
+    rows, number = [], 0  # each document alone, and for dropout as a sample of its own
+    for row, begins in enumerate(attention_mask):
+        cuts = [*begins.nonzero()[:, 0].tolist(), len(begins)]
+        parts = []
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            q, k, v = (tensor[row : row + 1, :, start:end] for tensor in (query, key, value))
+            parts.append(fused.attention(q, k, v, offsets=(number, 0), **options))
+            number += 1
+        rows.append(torch.cat(parts, dim=2))
+    return torch.cat(rows).transpose(1, 2), None
 
 
-def no_mask(
-    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, **kwargs
-):
-    """transformers' mask interface: nothing to build, if the causal mask is all there is."""
+def documents(
+    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, device=None,
+    **kwargs,
+):  # fmt: skip
+    """transformers' mask interface: None where the causal mask is all there is; else, (B, T) bool, where in each row a
+    document begins. ValueError for a mask that is not causal within documents."""
     if attention_mask is not None and not attention_mask.all():
         raise ValueError("heiretsu's attention takes no padding: pack the sequences, or batch those of equal length")
     if int(q_offset) + q_length != kv_length:
         raise ValueError("heiretsu's attention needs keys and values of their true length: use a dynamic cache")
+    if q_length != kv_length:  # later tokens, beside a cache: transformers packs none of those
+        return None
+    row, at = torch.arange(batch_size, device=device)[:, None], torch.arange(q_length, device=device)[None, :]
+
+    def sees(query, key):  # mask_function is written for single indices, and made of comparisons and look-ups
+        return torch.as_tensor(mask_function(row, 0, query, key), device=device).expand(batch_size, query.shape[1])
+
+    begins = torch.ones(batch_size, q_length, dtype=torch.bool, device=device)
+    begins[:, 1:] = ~sees(at[:, 1:], at[:, :-1])
+    first = torch.where(begins, at, 0).cummax(1).values  # of the document
+    hidden = sees(at, (first - 1).clamp(min=0)) & (first > 0)
+    if not sees(at, first).all() or hidden.any() or sees(at[:, :-1], at[:, 1:]).any():
+        raise ValueError("heiretsu's attention has the causal mask within documents and no other")
+    return begins if begins[:, 1:].any() else None
 
 
 def mlp(self, hidden_states):
@@ -55,7 +87,7 @@ def patch(model):
     if config.model_type != "gpt2" or config.activation_function != "gelu_new" or config.add_cross_attention:
         raise ValueError("only a GPT-2 with its own activation, gelu_new, and without cross-attention can be patched")
     AttentionInterface.register("heiretsu", attention)
-    AttentionMaskInterface.register("heiretsu", no_mask)
+    AttentionMaskInterface.register("heiretsu", documents)
     model.set_attn_implementation("heiretsu")
     for block in model.base_model.h:
         block.mlp.forward = MethodType(mlp, block.mlp)

@@ -92,6 +92,39 @@ def test_a_mask_is_refused(example, mask):
         example.patch(gpt2(example))(ids(), attention_mask=mask)
 
 
+PACKED = {  # lengths of the documents in each row, which transformers itself keeps apart
+    "one row": [[7, 13]] * 3,
+    "each row its own": [[7, 13], [20], [1, 1, 17, 1]],
+}
+
+
+@pytest.mark.parametrize("rows", PACKED.values(), ids=PACKED)
+def test_packed_documents_stay_apart_as_they_do_in_transformers(example, rows):
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in rows])
+    model = gpt2(example)
+    before = logits_and_gradients(model, position_ids=positions, use_cache=False)
+    after = logits_and_gradients(example.patch(model), position_ids=positions, use_cache=False)
+    for name, tensor in before.items():
+        assert (after[name] - tensor).abs().max() <= 1e-12 * tensor.abs().max(), name
+    alone = model(ids()[:1, -rows[0][-1] :]).logits
+    assert torch.allclose(after["logits"][:1, -rows[0][-1] :], alone, atol=1e-12)
+
+
+def test_packed_documents_have_dropout_masks_of_their_own(example):
+    q, value = torch.zeros(1, 1, 6, 4), torch.ones(1, 1, 6, 4)
+    begins = torch.tensor([[True, False, False, True, False, False]])
+    torch.manual_seed(0)
+    pieces = [example.attention(None, q, q, value, begins, dropout=0.5)[0].view(2, 3, 4) for _ in range(8)]
+    assert any(not torch.equal(*halves) for halves in pieces)
+
+
+def test_attention_to_later_tokens_is_refused(example):
+    model = example.patch(gpt2(example))
+    model.config.is_causal = False  # transformers' way to make a decoder see both ways
+    with pytest.raises(ValueError, match="causal mask within documents and no other"):
+        model(ids(), use_cache=False)
+
+
 @pytest.mark.parametrize("changes", [{"activation_function": "relu"}, {"add_cross_attention": True}], ids=str)
 def test_another_model_is_refused(example, changes):
     with pytest.raises(ValueError, match="only a GPT-2"):
