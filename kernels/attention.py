@@ -9,8 +9,9 @@ float32, float16 and bfloat16 on a GPU; float64 in the interpreter as well.
 import torch
 
 from heiretsu.kernels import attention_backward, attention_forward, launch
-from heiretsu.kernels.attention_arguments import Dropout, check
+from heiretsu.kernels.arguments import attention_options, checked, reverse_mode_only
 from heiretsu.kernels.attention_tiles import block_d
+from heiretsu.kernels.random import Dropout
 
 
 @torch.library.custom_op("heiretsu::attention", mutates_args=())
@@ -21,7 +22,7 @@ def _attention(
     if q.numel() == 0 or k.numel() == 0:
         out, lse = _attention_fake(q, k, v, causal, scale, dropout_p, seed, batch_offset, head_offset)
         return out.zero_(), lse.fill_(-torch.inf)
-    return attention_forward.forward(q, k, v, causal, scale, Dropout(dropout_p, seed, batch_offset, head_offset))
+    return attention_forward.forward(q, k, v, causal, scale, Dropout.of(dropout_p, seed, batch_offset, head_offset))
 
 
 @_attention.register_fake
@@ -42,7 +43,7 @@ def _attention_backward(
         fakes = _attention_backward_fake(dout, dlse, q, k, v, out, lse, causal, scale, dropout_p, seed, batch_offset,
                                          head_offset, need_dq, need_dkdv)  # fmt: skip
         return tuple(grad.zero_() for grad in fakes)
-    dropout = Dropout(dropout_p, seed, batch_offset, head_offset)
+    dropout = Dropout.of(dropout_p, seed, batch_offset, head_offset)
     grads = attention_backward.backward(dout, dlse, q, k, v, out, lse, causal, scale, dropout, need_dq, need_dkdv)
     dq, dk, dv = (q.new_empty(0) if grad is None else grad for grad in grads)
     return dq, dk, dv
@@ -77,23 +78,28 @@ def _differentiate(ctx, dout, dlse):
 _attention.register_autograd(_differentiate, setup_context=_setup_context)
 
 
+@checked
 def attention_lse(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=(0, 0)):
     """`plain.attention_lse` as a Triton kernel: out (B, H, T, D) and lse (B, H, T), both differentiable.
 
-    q (B, H, T, D); k, v (B, Hkv, S, D): any strides, one device and dtype, Hkv divides H, D at most 256.
+    q (B, H, T, D); k, v (B, Hkv, S, D): any strides, one dtype, Hkv divides H, D at most 256.
     out lies in memory as (B, T, H, D): out.transpose(1, 2).reshape(B, T, H * D) copies nothing.
-    Raises ValueError for other shapes, dtypes and devices, and for a scale below 0.
     """
-    launch.require_device("attention", q, k, v)
-    if q.dtype == torch.float64 and q.device.type != "cpu":
-        raise ValueError("attention: the Triton kernel takes float64 in the interpreter only; use float32 on a GPU")
-    scale, dropout = check("attention", q, k, v, scale, dropout_p, seed, offsets)
-    return _attention(q, k, v, causal, scale, dropout.p, dropout.seed, dropout.batch_offset, dropout.head_offset)
+    return _launch(q, k, v, causal, scale, dropout_p, seed, offsets)
 
 
+@checked
 def attention(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=(0, 0)):
     """`attention_lse` without the lse: (B, H, T, D) in q's dtype."""
-    return attention_lse(q, k, v, causal, scale, dropout_p, seed, offsets)[0]
+    return _launch(q, k, v, causal, scale, dropout_p, seed, offsets)[0]
+
+
+def _launch(q, k, v, *options):
+    launch.require_device("attention", q)
+    if q.dtype == torch.float64 and q.device.type != "cpu":
+        raise ValueError("attention: the Triton kernel takes float64 in the interpreter only; use float32 on a GPU")
+    reverse_mode_only("attention", q, k, v)
+    return _attention(q, k, v, *attention_options(q, *options))
 
 
 # {kernel: (function, matrix products a block, bf16 pointers, float32 pointers, operands with strides)}; of an operand

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels import launch
-from heiretsu.kernels.attention_arguments import Dropout
 from heiretsu.kernels.attention_tiles import LOG2_E, block_d, dot, dot_add, keep_mask, load_rows, store_rows
+from heiretsu.kernels.random import Dropout
 
 
 @triton.jit(do_not_specialize=["H", "T"])

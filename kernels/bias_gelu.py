@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels import launch
+from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.gelu import gelu, gelu_and_derivative
-from heiretsu.kernels.row_tiles import as_rows, contiguous_like, load_tile, store_tile, wide_dtype, widen
+from heiretsu.kernels.row_tiles import as_rows, contiguous_like, load_tile, store_tile, wide_dtype
 
 
 @triton.jit
@@ -31,7 +32,8 @@ def _forward_kernel(
     col_blocks = tl.cdiv(F, BLOCK_F)
     rows = (tl.program_id(0) // col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = (tl.program_id(0) % col_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
-    bias = widen(tl.load(bias_ptr + cols, mask=cols < F, other=0.0))
+    WIDE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    bias = tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(WIDE)
     out = gelu(load_tile(x_ptr, rows, stride_x, cols, N, F) + bias[None, :])
     store_tile(out_ptr, out, rows, cols, N, F)
 
@@ -41,8 +43,8 @@ def _backward_kernel(
     dout_ptr,  # (N, F), rows stride_dout apart
     x_ptr,  # (N, F), rows stride_x apart
     bias_ptr,  # (F,)
-    dx_ptr,  # (N, F)
-    partial_ptr,  # (blocks of ROWS rows, F), float32 or float64: sums of dx over the rows of a block
+    dx_ptr,  # (N, F), or None: not wanted
+    partial_ptr,  # (blocks of ROWS rows, F), float32 or float64: sums of dx over the rows of a block; or None
     N,
     F,
     stride_dout,
@@ -54,8 +56,9 @@ def _backward_kernel(
     col_blocks = tl.cdiv(F, BLOCK_F)
     row_block = (tl.program_id(0) // col_blocks).to(tl.int64)
     cols = (tl.program_id(0) % col_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
-    bias = widen(tl.load(bias_ptr + cols, mask=cols < F, other=0.0))
-    total = tl.zeros([BLOCK_N, BLOCK_F], partial_ptr.dtype.element_ty)
+    WIDE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    bias = tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(WIDE)
+    total = tl.zeros([BLOCK_N, BLOCK_F], WIDE)
     for start in range(0, ROWS, BLOCK_N):
         rows = row_block * ROWS + start + tl.arange(0, BLOCK_N)
         x = load_tile(x_ptr, rows, stride_x, cols, N, F)
@@ -63,8 +66,10 @@ def _backward_kernel(
         _, slope = gelu_and_derivative(x + bias[None, :])
         dx = dout * slope
         total += dx  # rows beyond N have dout 0
-        store_tile(dx_ptr, dx, rows, cols, N, F)
-    tl.store(partial_ptr + row_block * F + cols, tl.sum(total, 0), mask=cols < F)
+        if dx_ptr is not None:
+            store_tile(dx_ptr, dx, rows, cols, N, F)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + row_block * F + cols, tl.sum(total, 0), mask=cols < F)
 
 
 @torch.library.custom_op("heiretsu::bias_gelu", mutates_args=())
@@ -86,25 +91,33 @@ def _(x, bias):
 
 
 @torch.library.custom_op("heiretsu::bias_gelu_backward", mutates_args=())
-def _backward(dout: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    dx, F = contiguous_like(x), x.shape[-1]
+def _backward(
+    dout: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, need_dx: bool, need_dbias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx and dbias; an empty tensor for one that is not needed."""
+    dx, dbias = _gradients(x, bias, need_dx, need_dbias)
     if x.numel() == 0:
-        return dx, torch.zeros_like(bias)
-    rows, dout_rows = as_rows(x), as_rows(dout)
+        return dx, dbias.zero_()
+    rows, dout_rows, F = as_rows(x), as_rows(dout), x.shape[-1]
     meta = launch.parameters("bias_gelu_backward", x.device, itemsize=x.itemsize)
     row_blocks = triton.cdiv(rows.shape[0], meta["ROWS"])
-    partial = x.new_empty(row_blocks, F, dtype=wide_dtype(x.dtype))
+    partial = x.new_empty(row_blocks, F, dtype=wide_dtype(x.dtype)) if need_dbias else None
     grid = (row_blocks * triton.cdiv(F, meta["BLOCK_F"]),)
     with launch.on(x.device):
         _backward_kernel[grid](
-            dout_rows, rows, bias, dx, partial, rows.shape[0], F, dout_rows.stride(0), rows.stride(0), **meta
-        )
-    return dx, partial.sum(0).to(bias.dtype)
+            dout_rows, rows, bias, dx if need_dx else None, partial, rows.shape[0], F, dout_rows.stride(0),
+            rows.stride(0), **meta,
+        )  # fmt: skip
+    return dx, partial.sum(0).to(bias.dtype) if need_dbias else dbias
 
 
 @_backward.register_fake
-def _(dout, x, bias):
-    return contiguous_like(x), torch.empty_like(bias, memory_format=torch.contiguous_format)
+def _(dout, x, bias, need_dx, need_dbias):
+    return _gradients(x, bias, need_dx, need_dbias)
+
+
+def _gradients(x, bias, need_dx, need_dbias):
+    return contiguous_like(x) if need_dx else x.new_empty(0), bias.new_empty(bias.shape if need_dbias else 0)
 
 
 def _setup_context(ctx, inputs, output):
@@ -112,24 +125,22 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, dout):
-    dx, dbias = _backward(dout, *ctx.saved_tensors)
-    return dx if ctx.needs_input_grad[0] else None, dbias if ctx.needs_input_grad[1] else None
+    need_dx, need_dbias = ctx.needs_input_grad
+    dx, dbias = _backward(dout, *ctx.saved_tensors, need_dx, need_dbias)
+    return dx if need_dx else None, dbias if need_dbias else None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
+@checked
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """GELU(x + bias), tanh form, in Triton: `plain.bias_gelu`.
 
     x: (..., F) float, any strides. bias: (F,) float, whose dtype may differ. Returns (..., F) in x's dtype, contiguous.
-    Raises ValueError for a bias of another shape, or tensors on which Triton cannot run.
     """
-    launch.require_device("bias_gelu", x, bias)
-    if x.dim() == 0 or bias.shape != x.shape[-1:]:
-        raise ValueError(
-            f"bias_gelu: bias {tuple(bias.shape)} must be one vector as long as x's last dim, x {tuple(x.shape)}"
-        )
+    launch.require_device("bias_gelu", x)
+    reverse_mode_only("bias_gelu", x, bias)
     return _forward(x, bias.contiguous())
 
 

@@ -11,30 +11,35 @@ B batch, H heads, Hkv key heads, T queries, S keys, D head dim.
 import torch
 import torch.nn.functional as F
 
-from heiretsu.kernels.attention_arguments import Dropout, check
+from heiretsu.kernels.arguments import attention_options, checked, own_dtypes, reverse_mode_only
 from heiretsu.kernels.cpu_random import BlockPhilox
+from heiretsu.kernels.random import Dropout
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 BLOCK_SCORES = 65536  # scores in a block under dropout: at eight bytes a counter, a few blocks fit in the L2 cache
+# The longest sequence whose 16-bit gradients ATen's flash backward takes in 16 bits. It adds up blocks of 32 to 256
+# queries in dk and dv, and of keys in dq, in their dtype: after 4 blocks the error is plain's, after 12 (767 queries)
+# it breaks the parity rule, at 4096 it is four times plain's. In float32 it takes 1.13 to 1.25 times as long.
+EXACT_LENGTH = 256
 
 
+@checked
 def attention(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=(0, 0)):
     """`plain.attention` on the CPU."""
-    square = q.dim() == 4 and q.shape[:3] == k.shape[:3]
-    if square and dropout_p == 0.0 and q.numel() > 0:
-        scale, _ = check("attention", q, k, v, scale, dropout_p, seed, offsets)
+    reverse_mode_only("attention", q, k, v)
+    square = q.shape[:3] == k.shape[:3]
+    if square and dropout_p == 0.0 and q.numel() > 0 and (q.itemsize > 2 or q.shape[2] <= EXACT_LENGTH):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
-    return attention_lse(q, k, v, causal, scale, dropout_p, seed, offsets)[0]
+    return _attention(q, k, v, *attention_options(q, causal, scale, dropout_p, seed, offsets))[0]
 
 
+@checked
 def attention_lse(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=(0, 0)):
-    """`plain.attention_lse` on the CPU. Raises ValueError as the Triton form does."""
-    scale, dropout = check("attention", q, k, v, scale, dropout_p, seed, offsets)
-    options = (causal, scale, dropout.p, dropout.seed, dropout.batch_offset, dropout.head_offset)
-    out, lse, _ = _attention(q, k, v, *options)
-    return out, lse
+    """`plain.attention_lse` on the CPU."""
+    reverse_mode_only("attention", q, k, v)
+    return _attention(q, k, v, *attention_options(q, causal, scale, dropout_p, seed, offsets))[:2]
 
 
 @torch.library.custom_op("heiretsu::attention_cpu", mutates_args=())
@@ -46,10 +51,12 @@ def _attention(
     out, lse, keep = _attention_fake(q, k, v, causal, scale, dropout_p, seed, batch_offset, head_offset)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf), keep
-    dropout = Dropout(dropout_p, seed, batch_offset, head_offset)
+    dropout = Dropout.of(dropout_p, seed, batch_offset, head_offset)
     q, k, v = map(_unit_stride, (q, k, v))
     blind = _blind_rows(q, k, causal)
     out[:, :, :blind], lse[:, :, :blind] = 0.0, -torch.inf
+    if dropout_p > 0.0:
+        keep[:, :, :blind] = False
     for heads in _groups(q, k):
         q_, out_, lse_ = (t[:, heads, blind:] for t in (q, out, lse))
         if dropout_p == 0.0:
@@ -70,40 +77,43 @@ def _attention_fake(q, k, v, causal, scale, dropout_p, seed, batch_offset, head_
 
 
 @torch.library.custom_op("heiretsu::attention_cpu_backward", mutates_args=())
+@own_dtypes
 def _attention_backward(
     dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     out: torch.Tensor, lse: torch.Tensor, keep: torch.Tensor, causal: bool, scale: float, dropout_p: float,
+    need_dq: bool, need_dkdv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    dq, dk, dv = _attention_backward_fake(dout, dlse, q, k, v, out, lse, keep, causal, scale, dropout_p)
+    """dq, dk, dv; an empty tensor for one that is not needed."""
+    needs = (need_dq, need_dkdv)
+    dq, dk, dv = _attention_backward_fake(dout, dlse, q, k, v, out, lse, keep, causal, scale, dropout_p, *needs)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     dout, q, k, v = map(_unit_stride, (dout, q, k, v))
     blind = _blind_rows(q, k, causal)
-    dq[:, :, :blind] = 0.0
     wide = torch.promote_types(q.dtype, torch.float32)
-    sums = [k.new_zeros(k.shape, dtype=wide) for _ in range(2)]  # dk, dv
+    sums = [t.new_zeros(t.shape, dtype=wide) if need else None for t, need in ((q, need_dq), *[(k, need_dkdv)] * 2)]
     for heads in _groups(q, k):
-        dout_, q_, out_, lse_, dq_ = (t[:, heads, blind:] for t in (dout, q, out, lse, dq))
+        dout_, q_, out_, lse_ = (t[:, heads, blind:] for t in (dout, q, out, lse))
         dlse_ = None if dlse is None else dlse[:, heads, blind:]
+        sums_ = (sums[0][:, heads, blind:] if need_dq else None, *sums[1:])
         if dropout_p == 0.0:
-            grads = _flash_gradients(dout_, dlse_, q_, k, v, out_, lse_, causal, scale)
-            dq_.copy_(grads[0])
-            for total, grad in zip(sums, grads[1:], strict=True):
-                total += grad
+            _flash_gradients(dout_, dlse_, q_, k, v, out_, lse_, causal, scale, sums_)
         else:
             keep_ = keep[:, heads, blind:]
-            _backward_blocks(dout_, dlse_, q_, k, v, lse_, keep_, causal, scale, dropout_p, dq_, *sums)
-    dk.copy_(sums[0]), dv.copy_(sums[1])
+            _backward_blocks(dout_, dlse_, q_, k, v, lse_, keep_, causal, scale, dropout_p, *sums_)
+    for gradient, total in zip((dq, dk, dv), sums, strict=True):
+        if total is not None:
+            gradient.copy_(total)
     return dq, dk, dv
 
 
 @_attention_backward.register_fake
-def _attention_backward_fake(dout, dlse, q, k, v, out, lse, keep, causal, scale, dropout_p):
-    def gradient(t):
+def _attention_backward_fake(dout, dlse, q, k, v, out, lse, keep, causal, scale, dropout_p, need_dq, need_dkdv):
+    def gradient(t, needed):
         B, H, length, D = t.shape
-        return t.new_empty(B, length, H, D).transpose(1, 2)
+        return t.new_empty(B, length, H, D).transpose(1, 2) if needed else t.new_empty(0)
 
-    return gradient(q), gradient(k), gradient(v)
+    return gradient(q, need_dq), gradient(k, need_dkdv), gradient(v, need_dkdv)
 
 
 def _setup_context(ctx, inputs, output):
@@ -116,8 +126,10 @@ def _setup_context(ctx, inputs, output):
 def _differentiate(ctx, dout, dlse, _):
     q, k, v, out, lse, keep = ctx.saved_tensors
     dout = q.new_zeros(()).expand_as(q) if dout is None else dout
-    grads = _attention_backward(dout, dlse, q, k, v, out, lse, keep, ctx.causal, ctx.scale, ctx.dropout_p)
-    return (*(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6)
+    needs = need_q, need_k, need_v = ctx.needs_input_grad[:3]
+    options = (ctx.causal, ctx.scale, ctx.dropout_p, need_q, need_k or need_v)
+    grads = _attention_backward(dout, dlse, q, k, v, out, lse, keep, *options)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 6)
 
 
 _attention.register_autograd(_differentiate, setup_context=_setup_context)
@@ -148,23 +160,27 @@ def _flash_mask(q, k, causal):
     return False, q.new_zeros(T, S).masked_fill_(hidden, -torch.inf)
 
 
-def _flash_gradients(dout, dlse, q, k, v, out, lse, causal, scale):
-    """dq, dk, dv of ATen's flash backward, which has no gradient of lse.
+def _flash_gradients(dout, dlse, q, k, v, out, lse, causal, scale, sums):
+    """Add dq, dk, dv of ATen's flash backward to `sums`, of which those may be None that are not needed.
 
-    It computes ds = p (dout v^T - rowsum(dout out)). A column dlse appended to dout, 1 to v and 0 to out makes that
-    p (dout v^T + dlse - rowsum(dout out)). Two such columns hold a float32 dlse beside 16-bit operands.
+    That has no gradient of lse. It computes ds = p (dout v^T - rowsum(dout out)). A column dlse appended to dout, 1 to
+    v and 0 to out makes that p (dout v^T + dlse - rowsum(dout out)). Two such columns hold a float32 dlse beside 16-bit
+    operands.
     """
-    is_causal, mask = _flash_mask(q, k, causal)
-    if dlse is None:
-        return _flash_backward(dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
     D = q.shape[3]
-    high = dlse.to(q.dtype)
-    rest = (dlse - high).to(q.dtype)
-    dout = torch.cat([dout, high[..., None], rest[..., None]], -1)
-    v = F.pad(v, (0, 2), value=1.0)
-    q, k, out = (F.pad(t, (0, 2)) for t in (q, k, out))
+    if dlse is not None:
+        high = dlse.to(q.dtype)
+        rest = (dlse - high).to(q.dtype)
+        dout = torch.cat([dout, high[..., None], rest[..., None]], -1)
+        v = F.pad(v, (0, 2), value=1.0)
+        q, k, out = (F.pad(t, (0, 2)) for t in (q, k, out))
+    if q.itemsize == 2 and max(q.shape[2], k.shape[2]) > EXACT_LENGTH:
+        dout, q, k, v, out = (t.float() for t in (dout, q, k, v, out))
+    is_causal, mask = _flash_mask(q, k, causal)
     grads = _flash_backward(dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
-    return tuple(grad[..., :D] for grad in grads)
+    for total, grad in zip(sums, grads, strict=True):
+        if total is not None:
+            total += grad[..., :D]
 
 
 def _blocks(q, k, causal):
@@ -200,12 +216,13 @@ def _forward_blocks(q, k, v, out, lse, keep, causal, scale, dropout, heads, blin
         queries = torch.arange(blind + rows.start, blind + rows.stop, device="cpu")
         bits = philox.draw(dropout.seed, queries, torch.arange(keys.stop, device="cpu"), head, b + dropout.batch_offset)
         kept = torch.ge(bits, dropout.drop_below, out=keep[b, h, rows, keys])
+        keep[b, h, rows, keys.stop :] = False  # drawn for nobody, but an operator's output all the same
         p = s.sub_(row_lse[:, None]).exp_().mul_(kept)
         torch.mm(p.to(v.dtype), v[b, h, keys], out=out[b, h, rows]).mul_(dropout.keep_scale)
 
 
 def _backward_blocks(dout, dlse, q, k, v, lse, keep, causal, scale, dropout_p, dq, dk, dv):
-    """Fill dq and add to dk and dv, in the order of the blocks."""
+    """Add to dq, dk and dv, in the order of the blocks; None for those that are not needed."""
     shift = k.shape[2] - q.shape[2]
     keep_scale = 1.0 / (1.0 - dropout_p)
     for b, h, rows, keys in _blocks(q, k, causal):
@@ -216,6 +233,8 @@ def _backward_blocks(dout, dlse, q, k, v, lse, keep, causal, scale, dropout_p, d
         if dlse is not None:
             delta -= dlse[b, h, rows, None]
         ds = dp.sub_(delta).mul_(p).mul_(scale).to(q.dtype)
-        dv[b, h, keys] += (p.mul_(kept).mul_(keep_scale).to(do.dtype)).T @ do
-        dk[b, h, keys] += ds.T @ q[b, h, rows]
-        torch.mm(ds, k[b, h, keys], out=dq[b, h, rows])
+        if dq is not None:
+            dq[b, h, rows] += ds @ k[b, h, keys]
+        if dk is not None:
+            dk[b, h, keys] += ds.T @ q[b, h, rows]
+            dv[b, h, keys] += (p.mul_(kept).mul_(keep_scale).to(do.dtype)).T @ do

@@ -23,6 +23,7 @@ at N = 2048, C = 384, V = 50257 in bf16 the peak is 315 MiB, dweight included, a
 import torch
 
 from heiretsu.kernels import plain
+from heiretsu.kernels.arguments import checked, own_dtypes, reverse_mode_only
 
 _CHUNK_ELEMENTS = (
     26_000_000  # 512 tokens of 50257 words, 50 MB in bf16: fewer rows make more passes over the (V, C) sum
@@ -122,6 +123,7 @@ def _(x, weight, targets, vocab_start, need_dx, need_dweight):
 
 
 @torch.library.custom_op("heiretsu::cpu_linear_cross_entropy_backward", mutates_args=())
+@own_dtypes
 def _backward(
     dlse: torch.Tensor,
     dtarget: torch.Tensor,
@@ -186,16 +188,13 @@ def _autograd_backward(ctx, dlse, dtarget, *_):
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
+@checked
 def linear_cross_entropy(x, weight, targets, vocab_start=0):
     """`plain.linear_cross_entropy` on CPU tensors: lse (N,) and target_logit (N,) in float32 (float64 for float64).
 
     x: (N, C). weight: (V, C), any float dtype. targets: (N,) int64.
     """
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
-        raise ValueError(
-            f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)} "
-            "must be (N, C), (V, C), (N,)"
-        )
+    reverse_mode_only("linear_cross_entropy", x, weight)
     if x.shape[0] == 0 or weight.shape[0] == 0:
         return plain.linear_cross_entropy(x, weight, targets, vocab_start)
     training = torch.is_grad_enabled()

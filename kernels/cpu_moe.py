@@ -17,19 +17,19 @@ N tokens, K experts per token, E experts, C hidden size, F feed-forward size.
 
 import torch
 
+from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.cpu_pointwise import GELU_LINEAR, gelu_block
 
 _BLOCK_ELEMENTS = 1 << 17  # of GELU: see cpu_pointwise
 
 
+@checked
 def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`plain.route`: gates (N, K) in logits' dtype, experts (N, K) int64; ValueError if top_k is out of range.
+    """`plain.route`: gates (N, K) in logits' dtype, experts (N, K) int64.
 
     A softmax renormalised over the chosen experts is the softmax of their logits alone, so the backward touches K
     values of a row instead of E.
     """
-    if not 1 <= top_k <= logits.shape[-1]:
-        raise ValueError(f"top_k={top_k} is outside 1..{logits.shape[-1]}, the number of experts")
     experts = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     chosen = logits.gather(1, experts)
     return chosen.to(_at_least_float32(logits.dtype)).softmax(-1).to(logits.dtype), experts
@@ -157,18 +157,23 @@ def _expert_mlp_backward(
     a: torch.Tensor,
     slope: torch.Tensor,
     y: torch.Tensor,
+    needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dgates, dw1, db1, dw2, db2); the gradient of an absent bias is empty."""
+    """(dx, dgates, dw1, db1, dw2, db2); empty for one that `needs` does not name, in this order."""
     E, C, F = w1.shape
     order, slot, bounds = _sort_by_expert(experts, E)
-    dw1, dw2 = _zero_where_empty(w1, bounds), _zero_where_empty(w2, bounds)
-    db1 = w1.new_zeros(0) if b1 is None else _zero_where_empty(b1, bounds)
-    db2 = w2.new_zeros(0) if b2 is None else _zero_where_empty(b2, bounds)
+    dx, dgates, dw1, db1, dw2, db2 = gradients = _gradients((x, gates, w1, b1, w2, b2), needs)
     if not order.numel() or not C:
-        return x.new_zeros(x.shape), gates.new_zeros(gates.shape), dw1, db1, dw2, db2
+        return tuple(gradient.zero_() for gradient in gradients)
+    need_dx, need_dgates, need_dw1, need_db1, need_dw2, need_db2 = needs
+    need_dh = need_dx or need_dw1 or need_db1
+    for gradient, need in zip(gradients[2:], needs[2:], strict=True):
+        if need:
+            _zero_where_empty(gradient, bounds)
     tokens, gate = order // experts.shape[1], gates.reshape(-1)[order].to(x.dtype)
-    dx_rows = torch.empty_like(y)  # dx of each row, then summed over k
-    dx_rows[bounds[-1] :] = 0
+    dx_rows = torch.empty_like(y) if need_dx else None  # dx of each row, then summed over k
+    if need_dx:
+        dx_rows[bounds[-1] :] = 0
     largest = _largest(bounds)
     x_rows, dy_rows, dh_rows = x.new_empty(largest, C), x.new_empty(largest, C), x.new_empty(largest, F)
     dgate = gate.new_zeros(gate.shape, dtype=_at_least_float32(gates.dtype))
@@ -176,53 +181,59 @@ def _expert_mlp_backward(
     for e, block in _blocks(bounds):
         size, token = block.stop - block.start, tokens[block]
         dy = torch.index_select(dout, 0, token, out=dy_rows[:size])
-        dgate[order[block]] = (y[block].to(dgate.dtype) * dy).sum(-1)
+        if need_dgates:
+            dgate[order[block]] = (y[block].to(dgate.dtype) * dy).sum(-1)
         dy *= gate[block, None]
-        _weight_gradient(a[block], dy, dw2[e], None if b2 is None else db2[e], product)
-        dh = torch.mm(dy, cast(w2[e]).T, out=dh_rows[:size])
-        dh *= slope[block]
-        x_e = torch.index_select(x, 0, token, out=x_rows[:size])
-        _weight_gradient(x_e, dh, dw1[e], None if b1 is None else db1[e], product)
-        torch.mm(dh, cast(w1[e]).T, out=dx_rows[block])
-    return _combine(dx_rows, slot), dgate.view(gates.shape).to(gates.dtype), dw1, db1, dw2, db2
+        if need_dw2:
+            _weight_gradient(a[block], dy, dw2[e], product)
+        if need_db2:
+            _bias_gradient(dy, db2[e])
+        if need_dh:
+            dh = torch.mm(dy, cast(w2[e]).T, out=dh_rows[:size])
+            dh *= slope[block]
+        if need_dw1:
+            _weight_gradient(torch.index_select(x, 0, token, out=x_rows[:size]), dh, dw1[e], product)
+        if need_db1:
+            _bias_gradient(dh, db1[e])
+        if need_dx:
+            torch.mm(dh, cast(w1[e]).T, out=dx_rows[block])
+    dx = _combine(dx_rows, slot) if need_dx else dx
+    return dx, dgates.copy_(dgate.view(gates.shape)) if need_dgates else dgates, dw1, db1, dw2, db2
 
 
-def _zero_where_empty(parameter, bounds):
-    """A gradient buffer: zero for an expert without rows, to be written for the others."""
-    grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+def _gradients(inputs, needs):
+    """A buffer for each gradient that is needed, empty for the others."""
+    like = inputs[0]
+    return tuple(t.new_empty(t.shape) if need else like.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+
+
+def _zero_where_empty(gradient, bounds):
+    """Zero for the experts without rows, whose part nobody else writes."""
     for e, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if begin == end:
-            grad[e] = 0
-    return grad
+            gradient[e] = 0
 
 
 def _at_least_float32(dtype):
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _weight_gradient(inputs, grads, dweight, dbias, product):
-    """Write dweight = inputs.T @ grads and dbias = grads summed over rows, in the dtype of each. product: scratch."""
+def _weight_gradient(inputs, grads, dweight, product):
+    """Write dweight = inputs.T @ grads, in its own dtype. product: scratch."""
     if dweight.dtype == inputs.dtype:
         torch.mm(inputs.T, grads, out=dweight)
     else:
         dweight.copy_(torch.mm(inputs.T, grads, out=product.view(dweight.shape)))
-    if dbias is not None:
-        dbias.copy_(grads.sum(0, dtype=_at_least_float32(dbias.dtype)))
+
+
+def _bias_gradient(grads, dbias):
+    """Write dbias = grads summed over rows, in its own dtype."""
+    dbias.copy_(grads.sum(0, dtype=_at_least_float32(dbias.dtype)))
 
 
 @_expert_mlp_backward.register_fake
-def _(dout, x, experts, gates, w1, b1, w2, b2, a, slope, y):
-    def bias_like(bias, weight):
-        return weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-
-    return (
-        x.new_empty(x.shape),
-        gates.new_empty(gates.shape),
-        w1.new_empty(w1.shape),
-        bias_like(b1, w1),
-        w2.new_empty(w2.shape),
-        bias_like(b2, w2),
-    )
+def _(dout, x, experts, gates, w1, b1, w2, b2, a, slope, y, needs):
+    return _gradients((x, gates, w1, b1, w2, b2), needs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -231,15 +242,18 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout, *_):
-    b1, b2 = ctx.saved_tensors[4], ctx.saved_tensors[6]
-    dx, dgates, dw1, db1, dw2, db2 = _expert_mlp_backward(dout.contiguous(), *ctx.saved_tensors)
-    return dx, None, dgates, dw1, None if b1 is None else db1, dw2, None if b2 is None else db2, None
+    needs = [need for i, need in enumerate(ctx.needs_input_grad[:-1]) if i != 1]  # all floats: not experts, not save
+    gradients = _expert_mlp_backward(dout.contiguous(), *ctx.saved_tensors, needs)
+    dx, *others = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    return dx, None, *others, None
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
+@checked
 def expert_mlp(x, experts, gates, w1, b1, w2, b2):
     """`plain.expert_mlp` for CPU tensors: (N, C) in x's dtype."""
+    reverse_mode_only("expert_mlp", x, gates, w1, b1, w2, b2)
     wants_gradient = any(t is not None and t.requires_grad for t in (x, gates, w1, b1, w2, b2))
     return _expert_mlp(x, experts, gates, w1, b1, w2, b2, torch.is_grad_enabled() and wants_gradient)[0]

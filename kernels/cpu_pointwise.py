@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from heiretsu.kernels import plain
+from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.cpu_random import BlockPhilox
-from heiretsu.kernels.random import drop_threshold
+from heiretsu.kernels.random import drop_threshold, signed
 
 # Elements of a block. Four float32 blocks of 2**17 are 2 MiB, the L2 caches of two cores; smaller ones pay more for
 # calling ATen than they save (measured 2**14 to 2**20: 2**17 and 2**18 best with 1 and with 2 threads).
@@ -107,12 +108,10 @@ class _BiasGelu(torch.autograd.Function):
         return dx.view(dout.shape) if need_dx else None, dbias.to(ctx.bias_dtype) if need_dbias else None, None
 
 
+@checked
 def bias_gelu(x, bias):
     """`plain.bias_gelu` on CPU tensors: GELU(x + bias), tanh form. x: (..., F). bias: (F,)."""
-    if bias.shape != x.shape[-1:]:
-        raise ValueError(
-            f"bias_gelu: bias {tuple(bias.shape)} must be one vector as long as x's last dim, x {tuple(x.shape)}"
-        )
+    reverse_mode_only("bias_gelu", x, bias)
     if torch.compiler.is_compiling():
         u = x.to(_wide(x.dtype)) + bias.to(_wide(x.dtype))
         return (u * torch.sigmoid(u * (GELU_LINEAR + GELU_CUBIC * u * u))).to(x.dtype)
@@ -158,23 +157,19 @@ class _LayerNorm(torch.autograd.Function):
         return dx, dweight if need_dweight else None, dbias if need_dbias else None, None
 
 
+@checked
 def layer_norm(x, weight, bias, eps=1e-5, residual=None):
     """`plain.layer_norm` on CPU tensors. x: (..., C). weight, bias: (C,). With residual: (normalised sum, sum)."""
-    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
-        raise ValueError(
-            f"layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be {tuple(x.shape[-1:])}"
-        )
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"layer_norm: residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}; they must agree")
+    reverse_mode_only("layer_norm", x, weight, bias, residual)
     total = x if residual is None else x + residual
-    weight, bias = weight.to(_wide(x.dtype)), bias.to(_wide(x.dtype))
+    weight, bias = weight.to(_wide(total.dtype)), bias.to(_wide(total.dtype))
     if torch.compiler.is_compiling():
         y = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
     elif total.numel() == 0:
         y = plain.layer_norm(total, weight, bias, eps)
     else:
         y = _LayerNorm.apply(total, weight, bias, eps)[0]
-    return y if residual is None else (y, total)
+    return y if residual is None else (y.to(x.dtype), total)
 
 
 def keep_mask(shape, p, seed, offset=0):
@@ -217,9 +212,10 @@ def _dropout_backward(ctx, dout, _):
 _dropout.register_autograd(_dropout_backward, setup_context=_setup_dropout)
 
 
+@checked
 def dropout(x, p, seed, offset=0):
     """`plain.dropout` on CPU tensors; saves the mask, one byte an element. x: (B, T, C)."""
     if p == 0.0 or x.numel() == 0:
-        drop_threshold(p)  # raises for a p out of range
         return plain.dropout(x, p, seed, offset)
-    return _dropout(x, float(p), seed - 2**64 if seed >= 2**63 else seed, offset)[0]  # the same 64 bits, signed
+    reverse_mode_only("dropout", x)
+    return _dropout(x, float(p), signed(seed), offset)[0]

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels import launch, plain
+from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.row_tiles import as_rows, wide_dtype
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -318,20 +319,16 @@ def _autograd_backward(ctx, dlse, dtarget):
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
+@checked
 def linear_cross_entropy(x, weight, targets, vocab_start=0):
     """Log-sum-exp of x @ weight.T and the target's logit, in Triton: `plain.linear_cross_entropy`.
 
     x: (N, C) float. weight: (V, C) float, whose dtype may differ: rows vocab_start .. vocab_start + V - 1 of the whole
-    vocabulary. targets: (N,) integers, whole-vocabulary indices; one outside the shard gives target_logit 0.
+    vocabulary. targets: (N,) int64, whole-vocabulary indices; one outside the shard gives target_logit 0.
     Returns lse (N,), target_logit (N,), float32 (float64 for float64); the loss is lse - target_logit.
-    Raises ValueError for other shapes, or tensors on which Triton cannot run.
     """
-    launch.require_device("linear_cross_entropy", x, weight, targets)
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
-        raise ValueError(
-            f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)} "
-            "must be (N, C), (V, C), (N,)"
-        )
+    launch.require_device("linear_cross_entropy", x)
+    reverse_mode_only("linear_cross_entropy", x, weight)
     if x.numel() == 0 or weight.numel() == 0:
         return plain.linear_cross_entropy(x, weight, targets, vocab_start)
     return _forward(x, weight, targets, vocab_start)

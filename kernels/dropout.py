@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels import launch
-from heiretsu.kernels.random import drop_threshold
+from heiretsu.kernels.arguments import checked, reverse_mode_only
+from heiretsu.kernels.random import drop_threshold, signed
 from heiretsu.kernels.row_tiles import as_rows, contiguous_like, load_tile, store_tile
 
 
@@ -74,19 +75,18 @@ def _backward(ctx, dout):
 _dropout.register_autograd(_backward, setup_context=_setup_context)
 
 
+@checked
 def dropout(x: torch.Tensor, p: float, seed: int, offset: int = 0) -> torch.Tensor:
     """Inverted dropout in Triton: `plain.dropout`.
 
     x: (B, T, C) float, any strides. p: drop probability, [0, 1). seed: 64 bits. offset: global sample of x[0].
-    Returns (B, T, C); x itself if p is 0. Raises ValueError for another shape or p, or where Triton cannot run.
+    Returns (B, T, C); x itself if p is 0.
     """
-    if x.dim() != 3:
-        raise ValueError(f"dropout: x has shape {tuple(x.shape)}; it must be (batch, length, channels)")
-    drop_threshold(p)  # raises for a p out of range
     if p == 0.0:
         return x
     launch.require_device("dropout", x)
-    return _dropout(x, float(p), seed - 2**64 if seed >= 2**63 else seed, offset)  # the same 64 bits, signed
+    reverse_mode_only("dropout", x)
+    return _dropout(x, float(p), signed(seed), offset)
 
 
 def audit_cases(arch: str) -> list[launch.AuditCase]:

@@ -9,6 +9,8 @@ import functools
 import importlib.util
 import inspect
 
+import torch
+
 from heiretsu.kernels import cpu_attention, cpu_cross_entropy, cpu_moe, cpu_pointwise, plain
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -30,11 +32,12 @@ def _choose(name, cpu_form, triton_form):
 
     @functools.wraps(specification)
     def op(*args, **kwargs):
-        first = args[0] if args else kwargs[first_name]
-        if first.device.type == "cpu" and not INTERPRETED:
+        first = args[0] if args else kwargs.get(first_name)
+        device = first.device.type if isinstance(first, torch.Tensor) else "cpu"  # no tensor: for the form to refuse
+        if device == "cpu" and not INTERPRETED:
             return cpu_form(*args, **kwargs)
         if triton_form is None:
-            raise ValueError(f"{name}: {first.device.type} tensors need Triton; install it, or move them to the CPU")
+            raise ValueError(f"{name}: {device} tensors need Triton; install it, or move them to the CPU")
         return triton_form(*args, **kwargs)
 
     return op

@@ -387,12 +387,9 @@ def architecture(device: torch.device) -> str:
     return "ampere" if major <= 8 else "hopper" if major == 9 else "blackwell"
 
 
-def require_device(op: str, *tensors) -> None:
-    """Raise ValueError unless all tensors sit on one device on which the Triton form of `op` can run."""
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"{op}: tensors are on {sorted(map(str, devices))}; move them to one device")
-    (device,) = devices
+def require_device(op: str, tensor) -> None:
+    """Raise ValueError unless the Triton form of `op` can run where the tensor is."""
+    device = tensor.device
     if device.type == "cuda" or (device.type == "cpu" and (INTERPRETED or _emulated_target())):
         return
     raise ValueError(

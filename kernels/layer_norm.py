@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels import launch
+from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.row_tiles import as_rows, contiguous_like, load_tile, store_tile, wide_dtype, widen
 
 
@@ -27,7 +28,7 @@ def _forward_kernel(
     residual_ptr,  # (N, C), rows stride_residual apart; unused without ADD
     weight_ptr,  # (C,)
     bias_ptr,  # (C,)
-    total_ptr,  # (N, C): x + residual; unused without ADD
+    total_ptr,  # (N, C): x + residual, in the wider dtype of the two; unused without ADD
     y_ptr,  # (N, C)
     mean_ptr,  # (N,) float32 or float64
     rstd_ptr,  # (N,) float32 or float64
@@ -65,9 +66,9 @@ def _backward_kernel(
     weight_ptr,  # (C,)
     mean_ptr,  # (N,)
     rstd_ptr,  # (N,)
-    dx_ptr,  # (N, C)
-    dweight_ptr,  # (programs, C), partial sums, float32 or float64
-    dbias_ptr,  # (programs, C), partial sums, float32 or float64
+    dx_ptr,  # (N, C), or None: not wanted
+    dweight_ptr,  # (programs, C), partial sums, float32 or float64, or None
+    dbias_ptr,  # (programs, C), partial sums, float32 or float64, or None
     N,
     C,
     stride_dy,
@@ -81,8 +82,8 @@ def _backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     weight = widen(tl.load(weight_ptr + cols, mask=cols < C, other=0.0))
-    dweight = tl.zeros([BLOCK_N, BLOCK_C], dweight_ptr.dtype.element_ty)
-    dbias = tl.zeros([BLOCK_N, BLOCK_C], dbias_ptr.dtype.element_ty)
+    dweight = tl.zeros([BLOCK_N, BLOCK_C], mean_ptr.dtype.element_ty)
+    dbias = tl.zeros([BLOCK_N, BLOCK_C], mean_ptr.dtype.element_ty)
     for start in range(0, ROWS, BLOCK_N):
         rows = program * ROWS + start + tl.arange(0, BLOCK_N)
         x = load_tile(x_ptr, rows, stride_x, cols, N, C)
@@ -95,11 +96,14 @@ def _backward_kernel(
         dx = (wdy - tl.sum(wdy, 1)[:, None] / C - xhat * along[:, None]) * rstd[:, None]
         if ADD:
             dx += load_tile(dtotal_ptr, rows, stride_dtotal, cols, N, C)
-        store_tile(dx_ptr, dx, rows, cols, N, C)
+        if dx_ptr is not None:
+            store_tile(dx_ptr, dx, rows, cols, N, C)
         dweight += dy * xhat
         dbias += dy
-    tl.store(dweight_ptr + program * C + cols, tl.sum(dweight, 0), mask=cols < C)
-    tl.store(dbias_ptr + program * C + cols, tl.sum(dbias, 0), mask=cols < C)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + program * C + cols, tl.sum(dweight, 0), mask=cols < C)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + program * C + cols, tl.sum(dbias, 0), mask=cols < C)
 
 
 def _parameters(kernel, x):
@@ -110,8 +114,10 @@ def _parameters(kernel, x):
 def _outputs(x, residual):
     """y, total (x + residual, or empty), mean, rstd."""
     N = x.numel() // max(1, x.shape[-1])
-    total = x.new_empty(0) if residual is None else contiguous_like(x)
-    return contiguous_like(x), total, *(x.new_empty(N, dtype=wide_dtype(x.dtype)) for _ in range(2))
+    total = x.new_empty(0)
+    if residual is not None:
+        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return contiguous_like(x), total, *(x.new_empty(N, dtype=wide_dtype(total.dtype)) for _ in range(2))
 
 
 @torch.library.custom_op("heiretsu::layer_norm", mutates_args=())
@@ -146,42 +152,57 @@ def _backward(
     bias: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx = contiguous_like(x)
+    """dx (in the dtype of x: what was normalised), dweight, dbias; an empty tensor for one that is not needed."""
+    dx, dweight, dbias = _gradients(x, weight, bias, need_dx, need_dweight, need_dbias)
     if x.numel() == 0:
-        return dx, torch.zeros_like(weight), torch.zeros_like(bias)
+        return dx, dweight.zero_(), dbias.zero_()
     rows, dy_rows = as_rows(x), as_rows(dy)
     dtotal_rows = dy_rows if dtotal is None else as_rows(dtotal)
     meta = _parameters("layer_norm_backward", x)
     programs = triton.cdiv(rows.shape[0], meta["ROWS"])
-    dweight, dbias = (mean.new_empty(programs, x.shape[-1]) for _ in range(2))
+    parts = [mean.new_empty(programs, x.shape[-1]) if need else None for need in (need_dweight, need_dbias)]
     with launch.on(x.device):
         _backward_kernel[(programs,)](
-            dy_rows, dtotal_rows, rows, weight, mean, rstd, dx, dweight, dbias, *rows.shape, dy_rows.stride(0),
-            dtotal_rows.stride(0), rows.stride(0), ADD=dtotal is not None, **meta,
+            dy_rows, dtotal_rows, rows, weight, mean, rstd, dx if need_dx else None, *parts, *rows.shape,
+            dy_rows.stride(0), dtotal_rows.stride(0), rows.stride(0), ADD=dtotal is not None, **meta,
         )  # fmt: skip
-    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
+    for gradient, part in zip((dweight, dbias), parts, strict=True):
+        if part is not None:
+            gradient.copy_(part.sum(0))
+    return dx, dweight, dbias
 
 
 @_backward.register_fake
-def _(dy, dtotal, x, weight, bias, mean, rstd):
-    return contiguous_like(x), torch.empty_like(weight), torch.empty_like(bias)
+def _(dy, dtotal, x, weight, bias, mean, rstd, need_dx, need_dweight, need_dbias):
+    return _gradients(x, weight, bias, need_dx, need_dweight, need_dbias)
+
+
+def _gradients(x, weight, bias, need_dx, need_dweight, need_dbias):
+    dx = contiguous_like(x) if need_dx else x.new_empty(0)
+    return dx, weight.new_empty(x.shape[-1] if need_dweight else 0), bias.new_empty(x.shape[-1] if need_dbias else 0)
 
 
 def _setup_context(ctx, inputs, output):
     x, residual, weight, bias, _ = inputs
     _, total, mean, rstd = output
     ctx.add = residual is not None
+    ctx.dtype, ctx.residual_dtype = x.dtype, residual.dtype if ctx.add else None
     ctx.mark_non_differentiable(mean, rstd) if ctx.add else ctx.mark_non_differentiable(total, mean, rstd)
     ctx.save_for_backward(total if ctx.add else x, weight, bias, mean, rstd)
 
 
 def _autograd_backward(ctx, dy, dtotal, *_):
-    dx, dweight, dbias = _backward(dy, dtotal if ctx.add else None, *ctx.saved_tensors)
-    need_dx, need_dresidual, need_dweight, need_dbias, _ = ctx.needs_input_grad
+    need_dx, need_dresidual, *need_parameters, _ = ctx.needs_input_grad
+    needs = (need_dx or need_dresidual, *need_parameters)
+    dx, dweight, dbias = _backward(dy, dtotal if ctx.add else None, *ctx.saved_tensors, *needs)
+    need_dweight, need_dbias = need_parameters
     return (
-        dx if need_dx else None,
-        dx if need_dresidual else None,
+        dx.to(ctx.dtype) if need_dx else None,
+        dx.to(ctx.residual_dtype) if need_dresidual else None,
         dweight if need_dweight else None,
         dbias if need_dbias else None,
         None,
@@ -191,22 +212,16 @@ def _autograd_backward(ctx, dy, dtotal, *_):
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
+@checked
 def layer_norm(x, weight, bias, eps=1e-5, residual=None):
     """Layer norm over the last dim in Triton: `plain.layer_norm`.
 
     x: (..., C) float, any strides, C up to 16384. weight, bias: (C,) float, whose dtypes may differ from x's.
-    residual: like x, or None. Returns y (..., C) in x's dtype; with residual (y of the sum, x + residual).
-    Raises ValueError for other shapes, a larger C, or tensors on which Triton cannot run.
+    residual: of x's shape, or None. Returns y (..., C) in x's dtype; with residual (y of the sum, x + residual in the
+    wider dtype of the two).
     """
-    launch.require_device("layer_norm", x, weight, bias, residual)
-    if x.dim() == 0 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
-        raise ValueError(
-            f"layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be {tuple(x.shape[-1:])}"
-        )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"layer_norm: residual {residual.dtype} {tuple(residual.shape)} must be like x, {x.dtype} {tuple(x.shape)}"
-        )
+    launch.require_device("layer_norm", x)
+    reverse_mode_only("layer_norm", x, weight, bias, residual)
     y, total, _, _ = _forward(x, residual, weight.contiguous(), bias.contiguous(), float(eps))
     if residual is None:
         return y

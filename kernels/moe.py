@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels import grouped_gemm, launch, routing
+from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.grouped_gemm import find_tile
 from heiretsu.kernels.launch import AuditCase
 from heiretsu.kernels.routing import RoutingPlan, route
@@ -165,9 +166,7 @@ def _combine_backward(dout, y, gates, plan, want_dbias):
 
 
 def _sum_tiles(partial, tile_rows, bias, plan):
-    """The gradient of bias (E, cols), from sums over row tiles; empty if there are none."""
-    if partial is None:
-        return plan.offsets.new_empty(0, dtype=torch.float32)
+    """The gradient of bias (E, cols), from sums over row tiles."""
     out = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     E, cols = out.shape
     meta = launch.parameters("moe_sum_tiles", out.device)
@@ -235,36 +234,45 @@ def _expert_mlp_backward(
     order: torch.Tensor,
     slot_rows: torch.Tensor,
     offsets: torch.Tensor,
+    needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dgates, dw1, db1, dw2, db2); the gradient of an absent bias is empty."""
+    """(dx, dgates, dw1, db1, dw2, db2); empty for one that `needs` does not name, in this order."""
     (E, C, _), plan = w1.shape, RoutingPlan(order, slot_rows, offsets)
+    need_dx, need_dgates, need_dw1, need_db1, need_dw2, need_db2 = needs
     if not (order.numel() and C and E):
-        dx, dgates, dw1 = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, gates, w1))
-        empty = x.new_empty(0, dtype=torch.float32)
-        db1, db2 = (empty if b is None else b.new_zeros(b.shape) for b in (b1, b2))
-        return dx, dgates, dw1, db1, w2.new_zeros(w2.shape), db2
+        return tuple(gradient.zero_() for gradient in _gradients((x, gates, w1, b1, w2, b2), needs))
+    dx, dgates, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in needs)
     dout, gates = dout.contiguous(), gates.contiguous()
-    dgates, db2_parts, tile_rows = _combine_backward(dout, y, gates, plan, b2 is not None)
-    db2 = _sum_tiles(db2_parts, tile_rows, b2, plan)
-    dh, gated = torch.empty_like(h), torch.empty_like(h)
-    db1_parts, tile_rows = grouped_gemm.grouped_gemm(
-        dout, w2.to(x.dtype).transpose(1, 2), plan, dh,
-        gather=True, epilogue="dgelu", act=gated, h=h, gates=gates, want_dbias=b1 is not None,
-    )  # fmt: skip
-    db1 = _sum_tiles(db1_parts, tile_rows, b1, plan)
-    dw2 = grouped_gemm.weight_gradients(gated, dout, plan, w2, gather_b=True)
-    del gated
-    dw1 = grouped_gemm.weight_gradients(x, dh, plan, w1, gather_a=True)
-    dx_rows = torch.empty_like(y)
-    grouped_gemm.grouped_gemm(dh, w1.to(x.dtype).transpose(1, 2), plan, dx_rows)
-    return _combine(dx_rows, plan), dgates, dw1, db1, dw2, db2
+    if need_dgates or need_db2:
+        all_dgates, db2_parts, tile_rows = _combine_backward(dout, y, gates, plan, need_db2)
+        dgates = all_dgates if need_dgates else dgates
+        db2 = _sum_tiles(db2_parts, tile_rows, b2, plan) if need_db2 else db2
+    if need_dx or need_dw1 or need_db1 or need_dw2:
+        dh, gated = torch.empty_like(h), torch.empty_like(h)
+        db1_parts, tile_rows = grouped_gemm.grouped_gemm(
+            dout, w2.to(x.dtype).transpose(1, 2), plan, dh,
+            gather=True, epilogue="dgelu", act=gated, h=h, gates=gates, want_dbias=need_db1,
+        )  # fmt: skip
+        db1 = _sum_tiles(db1_parts, tile_rows, b1, plan) if need_db1 else db1
+        dw2 = grouped_gemm.weight_gradients(gated, dout, plan, w2, gather_b=True) if need_dw2 else dw2
+        del gated
+        dw1 = grouped_gemm.weight_gradients(x, dh, plan, w1, gather_a=True) if need_dw1 else dw1
+    if need_dx:
+        dx_rows = torch.empty_like(y)
+        grouped_gemm.grouped_gemm(dh, w1.to(x.dtype).transpose(1, 2), plan, dx_rows)
+        dx = _combine(dx_rows, plan)
+    return dx, dgates, dw1, db1, dw2, db2
 
 
 @_expert_mlp_backward.register_fake
-def _(dout, x, gates, w1, b1, w2, b2, h, y, order, slot_rows, offsets):
-    db1, db2 = (x.new_empty(0, dtype=torch.float32) if b is None else b.new_empty(b.shape) for b in (b1, b2))
-    dx, dgates, dw1, dw2 = (t.new_empty(t.shape) for t in (x, gates, w1, w2))
-    return dx, dgates, dw1, db1, dw2, db2
+def _(dout, x, gates, w1, b1, w2, b2, h, y, order, slot_rows, offsets, needs):
+    return _gradients((x, gates, w1, b1, w2, b2), needs)
+
+
+def _gradients(inputs, needs):
+    """A buffer for each gradient that is needed, empty for the others."""
+    like = inputs[0]
+    return tuple(t.new_empty(t.shape) if need else like.new_empty(0) for t, need in zip(inputs, needs, strict=True))
 
 
 def _setup_context(ctx, inputs, output):
@@ -274,52 +282,27 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout, *_):
-    b1, b2 = ctx.saved_tensors[3], ctx.saved_tensors[5]
-    dx, dgates, dw1, db1, dw2, db2 = _expert_mlp_backward(dout, *ctx.saved_tensors)
-    return dx, None, dgates, dw1, None if b1 is None else db1, dw2, None if b2 is None else db2, None
+    needs = [need for i, need in enumerate(ctx.needs_input_grad[:-1]) if i != 1]  # all floats: not experts, not save
+    gradients = _expert_mlp_backward(dout, *ctx.saved_tensors, needs)
+    dx, *others = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    return dx, None, *others, None
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
+@checked
 def expert_mlp(x, experts, gates, w1, b1, w2, b2):
     """Mixture of two-layer GELU experts, dropless: `plain.expert_mlp` (Gale et al. 2022, arXiv:2211.15841).
 
     x: (N, C) float, any strides. experts: (N, K) int; an index outside 0..E-1 adds nothing. gates: (N, K) float.
     w1: (E, C, F). w2: (E, F, C). b1: (E, F) or None. b2: (E, C) or None. Weights and biases may be of a wider dtype
     than x: products are taken in x's dtype, gradients come in each input's own. Returns (N, C) in x's dtype.
-    Raises ValueError for shapes or dtypes that do not fit, and for tensors on several devices or none that it can use.
     """
-    launch.require_device("expert_mlp", x, experts, gates, w1, b1, w2, b2)
-    _check(x, experts, gates, w1, b1, w2, b2)
+    launch.require_device("expert_mlp", x)
+    reverse_mode_only("expert_mlp", x, gates, w1, b1, w2, b2)
     wants_gradient = any(t is not None and t.requires_grad for t in (x, gates, w1, b1, w2, b2))
     return _expert_mlp(x, experts, gates, w1, b1, w2, b2, torch.is_grad_enabled() and wants_gradient)[0]
-
-
-def _check(x, experts, gates, w1, b1, w2, b2):
-    if x.dim() != 2 or w1.dim() != 3 or experts.dim() != 2:
-        shapes = (tuple(t.shape) for t in (x, experts, w1))
-        raise ValueError("expert_mlp: x {}, experts {}, w1 {}; expected (N, C), (N, K), (E, C, F)".format(*shapes))
-    N, (E, C, F) = x.shape[0], w1.shape
-    expected = {
-        "x": (x, (N, C)),
-        "experts": (experts, (N, experts.shape[1])),
-        "gates": (gates, tuple(experts.shape)),
-        "b1": (b1, (E, F)),
-        "w2": (w2, (E, F, C)),
-        "b2": (b2, (E, C)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"expert_mlp: {name} is {tuple(tensor.shape)}, expected {shape} beside x {tuple(x.shape)}, "
-                f"experts {tuple(experts.shape)} and w1 {tuple(w1.shape)}"
-            )
-    if experts.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"expert_mlp: experts are {experts.dtype}, expected int64 or int32")
-    for name, tensor in dict(x=x, gates=gates, w1=w1, b1=b1, w2=w2, b2=b2).items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"expert_mlp: {name} is {tensor.dtype}, expected a float dtype")
 
 
 def audit_cases(arch: str) -> list[AuditCase]:

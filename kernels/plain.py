@@ -1,7 +1,8 @@
 """The specification: each op of the library as the shortest PyTorch that is obviously right.
 
 Differentiable by autograd, any float dtype up to float64. `heiretsu.kernels.fused` has the same names, signatures and
-meaning; where the two differ, this file wins.
+meaning; where the two differ, this file wins. What an op takes, `arguments.py` checks for both: anything else is a
+ValueError. An op computes in its inputs' dtypes, under torch.autocast too.
 
 B batch, T queries, S keys, C hidden size, H heads, D head dim, N tokens, E experts, K top-k, F feed-forward size, V
 vocabulary.
@@ -12,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from heiretsu.kernels.arguments import checked
 from heiretsu.kernels.random import attention_keep_mask, dropout_keep_mask
 
 
@@ -19,6 +21,7 @@ def _at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+@checked
 def attention_lse(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=(0, 0)):
     """Scaled dot-product attention and the log-sum-exp of its scores (Vaswani et al. 2017, eq. 1).
 
@@ -42,16 +45,19 @@ def attention_lse(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offse
     return probs.to(v.dtype) @ v, lse
 
 
+@checked
 def attention(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=(0, 0)):
     """`attention_lse` without the lse: (B, H, T, D) in q's dtype."""
     return attention_lse(q, k, v, causal, scale, dropout_p, seed, offsets)[0]
 
 
+@checked
 def bias_gelu(x, bias):
     """GELU(x + bias), tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415). x: (..., F). bias: (F,)."""
     return F.gelu(x + bias.to(x.dtype), approximate="tanh")
 
 
+@checked
 def dropout(x, p, seed, offset=0):
     """Inverted dropout whose mask is a function of (seed, global position).
 
@@ -62,12 +68,14 @@ def dropout(x, p, seed, offset=0):
     return torch.where(dropout_keep_mask(x.shape, p, seed, offset, x.device), x / (1.0 - p), 0.0)
 
 
+@checked
 def layer_norm(x, weight, bias, eps=1e-5, residual=None):
     """Layer norm over the last dim (Ba et al. 2016, arXiv:1607.06450).
 
     x: (..., C). weight, bias: (C,), any float dtype.
 
-    With residual (same shape as x): returns (layer_norm(x + residual), x + residual), both in x's dtype.
+    With residual (same shape as x, any float dtype): returns layer_norm(x + residual) in x's dtype, and x + residual in
+    the wider of the two (float32 for float16 beside bfloat16), so that 16-bit branches can feed a float32 stream.
     """
     total = x if residual is None else x + residual
     wide = _at_least_float32(total)
@@ -75,25 +83,26 @@ def layer_norm(x, weight, bias, eps=1e-5, residual=None):
     return wide.to(x.dtype) if residual is None else (wide.to(x.dtype), total)
 
 
+@checked
 def route(logits, top_k):
     """Top-k routing probabilities, renormalised (Shazeer et al. 2017, arXiv:1701.06538).
 
     logits: (N, E) float, one row a token. top_k: 1 <= top_k <= E.
     Returns gates (N, K) in logits' dtype, each row summing to 1, and experts (N, K) int64, best first;
-    equal logits go to the lower expert. Raises ValueError if top_k is out of range.
+    equal logits go to the lower expert.
     """
-    if not 1 <= top_k <= logits.shape[-1]:
-        raise ValueError(f"top_k={top_k} is outside 1..{logits.shape[-1]}, the number of experts")
     experts = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     probs = _at_least_float32(logits).softmax(-1).gather(1, experts)
     return (probs / probs.sum(-1, keepdim=True)).to(logits.dtype), experts
 
 
+@checked
 def expert_mlp(x, experts, gates, w1, b1, w2, b2):
     """Mixture of two-layer GELU experts, dropless (Gale et al. 2022, arXiv:2211.15841).
 
-    x: (N, C). experts, gates: (N, K), expert indices 0..E-1 and their weights. w1: (E, C, F). w2: (E, F, C).
-    b1: (E, F) or None. b2: (E, C) or None. Returns sum_k gates[:, k] * mlp_{experts[:, k]}(x), (N, C) in x's dtype.
+    x: (N, C). experts, gates: (N, K), expert indices (int64 or int32) and their weights; an index outside 0..E-1 adds
+    nothing. w1: (E, C, F). w2: (E, F, C). b1: (E, F) or None. b2: (E, C) or None.
+    Returns sum_k gates[:, k] * mlp_{experts[:, k]}(x), (N, C) in x's dtype.
     """
     N, C = x.shape
     out = torch.zeros(N, C, dtype=_at_least_float32(x).dtype, device=x.device)
@@ -107,6 +116,7 @@ def expert_mlp(x, experts, gates, w1, b1, w2, b2):
     return out.to(x.dtype)
 
 
+@checked
 def linear_cross_entropy(x, weight, targets, vocab_start=0):
     """Log-sum-exp of the logits x @ weight.T and the target's logit; the loss is lse - target_logit.
 

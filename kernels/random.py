@@ -5,6 +5,8 @@ recomputation in a backward pass draws the same mask as the whole. The generator
 "Parallel random numbers: as easy as 1, 2, 3"), bit for bit what `triton.language.philox` computes.
 """
 
+import dataclasses
+
 import torch
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox multipliers
@@ -29,9 +31,37 @@ def philox(seed: int, c0, c1, c2, c3, rounds: int = 10):
 
 def drop_threshold(p: float) -> int:
     """An element is kept where its 32 random bits are >= this number, which happens with probability 1 - p."""
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout_p={p} is outside [0, 1)")
     return int(p * 2**32)
+
+
+def signed(number: int, bits: int = 64) -> int:
+    """The number whose two's complement has the low `bits` bits of `number`: what fits an operator or a kernel."""
+    half = 1 << (bits - 1)
+    return (number + half) % (2 * half) - half
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Dropout of attention probabilities: p, the seed as a signed 64-bit number, global (batch, head) of element 0."""
+
+    p: float
+    seed: int = 0
+    batch_offset: int = 0
+    head_offset: int = 0
+
+    @classmethod
+    def of(cls, p: float, seed: int, batch_offset: int, head_offset: int) -> "Dropout":
+        """With the low 32 bits of the offsets, all that a counter has, so that a kernel takes them as int32."""
+        return cls(p, seed, signed(batch_offset, 32), signed(head_offset, 32))
+
+    @property
+    def drop_below(self) -> int:
+        """An element is dropped where its random bits are below this number; 0 is no dropout."""
+        return drop_threshold(self.p)
+
+    @property
+    def keep_scale(self) -> float:
+        return 1.0 / (1.0 - self.p)
 
 
 def attention_keep_mask(shape, p: float, seed: int, offsets=(0, 0), device=None) -> torch.Tensor:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels import launch
+from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.launch import AuditCase
 
 
@@ -178,10 +179,6 @@ def _place_kernel(
 
 def make_plan(experts: torch.Tensor, num_experts: int) -> RoutingPlan:
     """The plan for experts (N, K), N * K > 0."""
-    if experts.numel() >= 2**31 - 2**16:
-        raise ValueError(
-            f"expert_mlp: {experts.numel()} slots (tokens x top_k) are too many; it takes fewer than 2**31"
-        )
     experts = experts.contiguous()
     device, num_slots = experts.device, experts.numel()
     meta = launch.parameters("routing_plan", device, num_experts + 1)
@@ -253,17 +250,15 @@ def _backward(ctx, dgates, _):
 _route.register_autograd(_backward, setup_context=_setup_context)
 
 
+@checked
 def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Top-k routing probabilities, renormalised: `plain.route` (Shazeer et al. 2017, arXiv:1701.06538).
 
     logits: (N, E) float, any strides. Returns gates (N, K) in logits' dtype and experts (N, K) int64, best first, the
-    lower of equal ones first. Raises ValueError if top_k is outside 1..E.
+    lower of equal ones first.
     """
     launch.require_device("route", logits)
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(f"route: logits are {logits.dtype} {tuple(logits.shape)}; expected floats of shape (N, E)")
-    if not 1 <= top_k <= logits.shape[1]:
-        raise ValueError(f"top_k={top_k} is outside 1..{logits.shape[1]}, the number of experts")
+    reverse_mode_only("route", logits)
     return _route(logits, top_k)
 
 

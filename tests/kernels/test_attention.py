@@ -101,19 +101,6 @@ def test_a_second_derivative_is_an_error(form):
 
 
 @each_form
-def test_opcheck(form):
-    _, forward, backward, device = functions(form)
-    q, k, v = qkv(H=4, Hkv=2, T=6, S=7, D=8, device=device)
-    options = (True, 0.4, 0.25, 3, 1, 2)
-    torch.library.opcheck(forward, (q, k, v, *options))
-    q, k, v = (t.detach() for t in (q, k, v))
-    out, lse, *keep = forward(q, k, v, *options)
-    rest = options[:3] if form == "cpu" else (*options, True, True)
-    for dlse in (torch.ones_like(lse), None):
-        torch.library.opcheck(backward, (torch.ones_like(out), dlse, q, k, v, out, lse, *keep, *rest))
-
-
-@each_form
 def test_compiles_without_a_graph_break_and_once_for_all_seeds(form):
     attention_lse, *_, device = functions(form)
 
@@ -169,37 +156,6 @@ def test_block_philox_draws_the_bits_of_philox(seed, rows, columns, head, batch)
     bits = BlockPhilox(25).draw(seed, rows, columns, head, batch)
     want = philox(seed, columns[None, :], rows[:, None], torch.tensor(head), torch.tensor(batch))
     assert torch.equal(bits, want.expand_as(bits))
-
-
-REFUSED = {
-    "must be": (dict(q=(2, 5, 3)), {}),
-    "same batch and head dim": (dict(q=(1, 2, 5, 4)), {}),
-    "same shape": (dict(v=(1, 2, 6, 3)), {}),
-    "do not divide": (dict(q=(1, 3, 5, 3)), {}),
-    "outside 1..256": (dict(q=(1, 2, 5, 257), k=(1, 2, 5, 257), v=(1, 2, 5, 257)), {}),
-    "scale": ({}, dict(scale=-1.0)),
-    "dropout_p": ({}, dict(dropout_p=1.0)),
-}
-
-
-@each_form
-@pytest.mark.parametrize("message", REFUSED)
-def test_refuses_what_it_cannot_take(form, message):
-    attention_lse, *_, device = functions(form)
-    shapes, options = REFUSED[message]
-    tensors = [torch.zeros(shapes.get(name, (1, 2, 5, 3)), device=device) for name in "qkv"]
-    with pytest.raises(ValueError, match=message):
-        attention_lse(*tensors, **options)
-
-
-@each_form
-def test_refuses_two_dtypes_and_integers(form):
-    attention_lse, *_, device = functions(form)
-    q, k, v = (t.detach() for t in qkv(device=device))
-    with pytest.raises(ValueError, match="one floating dtype"):
-        attention_lse(q.bfloat16(), k, v)
-    with pytest.raises(ValueError, match="one floating dtype"):
-        attention_lse(q.int(), k.int(), v.int())
 
 
 @pytest.mark.skipif(not forms.HAS_TRITON or forms.INTERPRETED, reason="the interpreter takes CPU tensors")

@@ -76,17 +76,3 @@ def test_compiles_without_a_graph_break_and_once_for_all_seeds(form):
         assert torch.equal(out, expected)
         assert torch.equal(*(torch.autograd.grad(o.square().sum(), x)[0] for o in (out, expected)))
     assert counter.frame_count <= 2  # the first seed as a constant, the second as a variable
-
-
-@each_form
-def test_opcheck(form):
-    _, custom_op, device = function(form)
-    torch.library.opcheck(custom_op, (torch.ones(2, 3, 5, device=device, requires_grad=True), 0.3, 7, 1))
-
-
-@each_form
-@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5])
-def test_a_probability_out_of_range_is_refused(form, p):
-    op, _, device = function(form)
-    with pytest.raises(ValueError, match="outside"):
-        op(torch.ones(1, 2, 3, device=device), p, 0)

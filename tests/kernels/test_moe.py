@@ -202,24 +202,6 @@ def test_weight_gradients_of_float32_masters_are_not_rounded(triton_device):
 # Tracing
 
 
-@triton_only
-@pytest.mark.parametrize("biases", [True, False])
-def test_expert_mlp_passes_opcheck(triton_device, biases):
-    values = arguments(device=triton_device, biases=biases)
-    torch.library.opcheck(torch.ops.heiretsu.expert_mlp.default, (*values, True))
-
-
-@triton_only
-def test_route_passes_opcheck(triton_device):
-    logits = torch.randn(5, 3, device=triton_device, requires_grad=True)
-    torch.library.opcheck(torch.ops.heiretsu.route.default, (logits, 2))
-
-
-@pytest.mark.parametrize("biases", [True, False])
-def test_cpu_form_passes_opcheck(biases):
-    torch.library.opcheck(torch.ops.heiretsu.cpu_expert_mlp.default, (*arguments(biases=biases), True))
-
-
 def layer_compiles(ops, device):
     """A routed layer under torch.compile(fullgraph=True) gives the values and gradients that it gives without."""
     x, _, _, *weights = arguments(device=device)
@@ -259,48 +241,6 @@ if forms.INTERPRETED:  # float64 runs there only
 
 
 # What they refuse
-
-
-@triton_only
-@pytest.mark.parametrize("top_k", [0, 4, -1])
-def test_route_refuses_a_top_k_outside_the_experts(triton_device, top_k):
-    with pytest.raises(ValueError, match=rf"top_k={top_k} is outside 1..3"):
-        moe.route(torch.zeros(2, 3, device=triton_device), top_k)
-
-
-@pytest.mark.parametrize("top_k", [0, 4])
-def test_cpu_route_refuses_a_top_k_outside_the_experts(top_k):
-    with pytest.raises(ValueError, match=rf"top_k={top_k} is outside 1..3"):
-        cpu_moe.route(torch.zeros(2, 3), top_k)
-
-
-@triton_only
-@pytest.mark.parametrize("logits", [torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)], ids=["3d", "int"])
-def test_route_refuses_other_logits(triton_device, logits):
-    with pytest.raises(ValueError, match="expected floats of shape"):
-        moe.route(logits.to(triton_device), 1)
-
-
-@triton_only
-@pytest.mark.parametrize(
-    ("position", "edit", "message"),
-    [
-        (0, lambda x: x[:, :-1], r"x is \(7, 7\), expected \(7, 8\)"),
-        (0, lambda x: x[None], r"expected \(N, C\), \(N, K\), \(E, C, F\)"),
-        (1, lambda experts: experts[:-1], r"experts is \(6, 2\), expected \(7, 2\)"),
-        (1, lambda experts: experts.float(), "experts are torch.float32, expected int64 or int32"),
-        (2, lambda gates: gates[:, :1], r"gates is \(7, 1\), expected \(7, 2\)"),
-        (2, lambda gates: gates.long(), "gates is torch.int64, expected a float dtype"),
-        (4, lambda b1: b1[:, 1:], r"b1 is \(3, 11\), expected \(3, 12\)"),
-        (5, lambda w2: w2.transpose(1, 2), r"w2 is \(3, 8, 12\), expected \(3, 12, 8\)"),
-        (6, lambda b2: b2[:1], r"b2 is \(1, 8\), expected \(3, 8\)"),
-    ],
-)
-def test_expert_mlp_says_which_tensor_does_not_fit(triton_device, position, edit, message):
-    values = [None if v is None else v.detach() for v in arguments(device=triton_device)]
-    values[position] = edit(values[position])
-    with pytest.raises(ValueError, match=message):
-        moe.expert_mlp(*values)
 
 
 if forms.HAS_TRITON and not forms.INTERPRETED:  # in the interpreter CPU tensors are what it takes
