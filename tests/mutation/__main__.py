@@ -29,7 +29,7 @@ from pathlib import Path
 from tests.mutation.copies import SLOW_IMPORTS, Copy
 from tests.mutation.edits import Edit, edits_of
 from tests.mutation.equal import read_equal
-from tests.mutation.reach import Measured, Reach, measure, test_files
+from tests.mutation.reach import Measured, Reach, measure, test_files, test_functions
 
 PRODUCT = [
     "train.py", "sample.py", "modal_train.py", "model/*.py", "parallel/**/*.py", "data/*.py", "run/**/*.py",
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         files = [f for f in test_files(root) if any(fnmatch.fnmatch(f, glob) for glob in options.tests)]
         measured = Measured(root / "build" / "mutation" / "reach.json")
         _measure_all(copies, measured, root, files, sources, options.measure)
-        session = Session(root, sources, Reach(sources, measured.modules(files)), options.budget)
+        session = Session(root, sources, Reach(sources, measured.parts(files)), options.budget)
         chosen, skipped = draw_edits(edits, equal, sources, options)
         print(f"{len(edits)} edits of {len(sources)} files, {len(equal)} of them listed as equal; {len(chosen)} to try")
         verdicts = _try_all(copies, session, chosen)
@@ -106,18 +106,20 @@ def _parse(arguments):
 
 def _measure_all(copies, measured: Measured, root: Path, files: list[str], sources, again: bool) -> None:
     texts = {file: (root / file).read_text() for file in files}
-    due = [file for file in files if again or not measured.fresh(file, texts[file])]
+    every = {file: set(test_functions(text)) for file, text in texts.items()}
+    due = {file: every[file] if again else measured.due(file, text) for file, text in texts.items()}
     lock = threading.Lock()
 
     def one(copy: Copy, file: str) -> None:
         began = time.monotonic()
-        module = measure(copy, file)
+        part = measure(copy, file, due[file])
         with lock:
-            measured.put(file, texts[file], sources, module)
-            note = "" if module["green"] else f"; NOT GREEN without an edit: {module['why']}"
-            print(f"measured {file}: {len(module['tests'])} tests, {time.monotonic() - began:.0f} s{note}", flush=True)
+            print(f"measured {file}: {len(part['tests'])} tests, {time.monotonic() - began:.0f} s", flush=True)
+            for test, why in part["failed"].items():
+                print(f"    NOT GREEN without an edit: {test}: {why}", flush=True)
+            measured.put(file, texts[file], due[file], sources, part)
 
-    _share(copies, due, one)
+    _share(copies, [file for file in files if due[file]], one)
 
 
 def _share(copies: list[Copy], work: list, do) -> None:

@@ -47,10 +47,10 @@ class Copy:
         self._process.stdin.close()
         self._process.wait()
 
-    def run(self, tests: dict[str, list[str]], files=None, seconds=None, trace: bool = False) -> dict:
+    def run(self, tests: dict[str, list[str]], files=None, seconds=None, trace: bool = False, functions=None) -> dict:
         """Run tests ({file: node ids}, all of a file for an empty list), with some of the copy's files edited.
 
-        files: {path: text}. seconds: {node id: measured time}. See warm.py for the answer.
+        files: {path: text}. seconds: {node id: measured time}. functions: run only these. See warm.py for the answer.
         """
         measured = seconds or {}
         limits = {test: self.patience_s + SLOWER * measured.get(test, 0.0) for file in tests.values() for test in file}
@@ -59,6 +59,7 @@ class Copy:
             self.trace.mkdir()
         job = {"files": files or {}, "tests": tests, "limits": limits, "marks": self.marks}
         job["other_limit"] = UNMEASURED_S if trace else COLLECTION_S + self.patience_s
+        job["functions"] = functions
         job["trace"] = str(self.trace) if trace else None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()

@@ -1,7 +1,7 @@
 """Which test reaches which line of the product, and how long it takes: measured once, kept in build/mutation/.
 
-A test file is measured again when it changes. When the product changes, what was measured moves along with the lines
-that stayed; a line that is new counts as reached by what reaches its function.
+A test function is measured again when its text changes. When the product changes, what was measured moves along with
+the lines that stayed; a line that is new counts as reached by what reaches its function.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ def test_files(root: Path) -> list[str]:
     return [file for file in found if not file.startswith(NOT_FOR_THE_PRODUCT)]
 
 
-def measure(copy: Copy, file: str) -> dict:
-    """Run one test file, traced: {"tests": {node id: [seconds, {file: lines}]}, "shared": {file: lines}, ...}.
-
-    shared: reached at import and in fixtures of the whole file. green: that every test passed.
+def measure(copy: Copy, file: str, functions: Iterable[str]) -> dict:
+    """Run test functions of one file, traced: {"tests": {node id: [seconds, {file: lines}]}, "shared": {file: lines},
+    "failed": {node id: why}}. shared: reached at import and in fixtures of the whole file.
     """
-    answer = copy.run({file: []}, trace=True)
+    answer = copy.run({file: []}, trace=True, functions=list(functions))
     lines: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for record in copy.trace.glob("*.lines"):
         test = ""
@@ -47,20 +46,16 @@ def measure(copy: Copy, file: str) -> dict:
                 name, _, number = line.rpartition(":")
                 lines[test][name].add(int(number))
     found = {test: {name: sorted(numbers) for name, numbers in files.items()} for test, files in lines.items()}
-    tests = {test: [seconds, found.pop(test, {})] for test, seconds in answer["seconds"].items()}
-    return {
-        "green": answer["verdict"] == "green",
-        "why": f"{answer['test']}: {answer['why']}" if answer["verdict"] != "green" else "",
-        "tests": tests,
-        "shared": found.get(file, {}),
-    }
+    green = {test: seconds for test, seconds in answer["seconds"].items() if test not in answer["failed"]}
+    tests = {test: [seconds, found.pop(test, {})] for test, seconds in green.items()}
+    return {"tests": tests, "shared": found.get(file, {}), "failed": answer["failed"]}
 
 
 class Reach:
     """What was measured, for the tree as it is now."""
 
     def __init__(self, sources: dict[str, str], measured: Iterable[dict]):
-        """sources: {file: text} now. measured: what `measure` gave of each test file, with its "sources" of then."""
+        """sources: {file: text} now. measured: what `measure` gave, with the "sources" of then."""
         self.bodies = {file: _body_lines(text) for file, text in sources.items()}
         self.old: dict[str, set[int]] = defaultdict(set)  # by file, lines of now that were there then
         self.by_line: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -119,32 +114,60 @@ def _moved(old: str, new: str) -> dict[int, int]:
 
 
 class Measured:
-    """The file in which measurements are kept."""
+    """The file in which measurements are kept: by test file, what was measured of its functions, and when that was all
+    at different times, in parts."""
 
     def __init__(self, path: Path):
         self.path = path
         self.store = json.loads(path.read_text()) if path.exists() else {"texts": {}, "modules": {}}
 
-    def fresh(self, file: str, text: str) -> bool:
-        module = self.store["modules"].get(file)
-        return module is not None and module["green"] and module["text"] == digest(text)
+    def due(self, file: str, text: str) -> set[str]:
+        """The test functions that are new or were changed since they passed."""
+        known = self.store["modules"].get(file, {"functions": {}})["functions"]
+        return {name for name, mark in test_functions(text).items() if known.get(name) != mark}
 
-    def put(self, file: str, text: str, sources: dict[str, str], module: dict) -> None:
-        """sources: the product's texts that it was measured with."""
+    def put(self, file: str, text: str, functions: set[str], sources: dict[str, str], part: dict) -> None:
+        """part: what `measure` gave of these functions, with these texts of the product."""
+        now = test_functions(text)
+        module = self.store["modules"].setdefault(file, {"functions": {}, "parts": []})
+        gone = functions | (module["functions"].keys() - now.keys())
+        for old in module["parts"]:
+            old["tests"] = {test: found for test, found in old["tests"].items() if function_of(test) not in gone}
+        module["parts"] = [old for old in module["parts"] if old["tests"]]
+        failed = {function_of(test) for test in part.pop("failed")}
+        module["functions"] = {name: mark for name, mark in module["functions"].items() if name not in gone}
+        module["functions"] |= {name: now[name] for name in functions - failed}
         self.store["texts"] |= {digest(source): source for source in sources.values()}
-        then = {name: digest(source) for name, source in sources.items()}
-        self.store["modules"][file] = {**module, "text": digest(text), "sources": then}
-        used = {key for kept in self.store["modules"].values() for key in kept["sources"].values()}
-        self.store["texts"] = {key: text for key, text in self.store["texts"].items() if key in used}
+        module["parts"].append({**part, "sources": {name: digest(source) for name, source in sources.items()}})
+        used = {key for kept in self._parts() for key in kept["sources"].values()}
+        self.store["texts"] = {key: source for key, source in self.store["texts"].items() if key in used}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".part")
         beside.write_text(json.dumps(self.store))
         beside.replace(self.path)
 
-    def modules(self, files: Iterable[str]) -> list[dict]:
+    def _parts(self) -> list[dict]:
+        return [part for module in self.store["modules"].values() for part in module["parts"]]
+
+    def parts(self, files: Iterable[str]) -> list[dict]:
         texts = self.store["texts"]
-        kept = (self.store["modules"][file] for file in files if file in self.store["modules"])
-        return [module | {"sources": {name: texts[key] for name, key in module["sources"].items()}} for module in kept]
+        kept = [part for file in files for part in self.store["modules"].get(file, {"parts": []})["parts"]]
+        return [part | {"sources": {name: texts[key] for name, key in part["sources"].items()}} for part in kept]
+
+
+def test_functions(text: str) -> dict[str, str]:
+    """{name: digest} of the test functions of a file."""
+    lines = text.splitlines()
+    return {
+        node.name: digest("\n".join(lines[min(n.lineno for n in [node, *node.decorator_list]) - 1 : node.end_lineno]))
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+    }
+
+
+def function_of(test: str) -> str:
+    """`test_x` of tests/test_file.py::test_x[parameters]."""
+    return test.partition("::")[2].partition("[")[0]
 
 
 def digest(text: str) -> str:

@@ -4,8 +4,9 @@ It has imported what takes seconds (torch, transformers, pytest) and nothing of 
 own files, edited or not. Jobs come as JSON lines on standard input, answers go as JSON lines to standard output:
 
     {"files": {path: text}, "tests": {file: [node id, ...]}, "limits": {node id: seconds},
-     "other_limit": seconds, "marks": pytest's -m, "trace": folder or null}
-    {"verdict": "green" | "red" | "hung" | "broken", "test": node id, "why": one line, "seconds": {node id: seconds}}
+     "other_limit": seconds, "marks": pytest's -m, "trace": folder or null, "functions": names of test functions or null}
+    {"verdict": "green" | "red" | "hung" | "broken", "test": node id, "why": one line, "seconds": {node id: seconds},
+     "failed": {node id: why}}
 
 files: what the copy's files hold for this job alone. A test that runs past its limit is killed with everything that it
 started. The process ends when its standard input does, and takes the copy with it.
@@ -90,15 +91,24 @@ def _in_child(job: dict) -> dict:
 
 def _watch(pid: int, reader: int, limits: dict[str, float], other_limit: float) -> dict:
     """Follow the child's words until it ends, or until a test takes too long."""
-    words, test, seconds = b"", "collection", {}
-    seen = {"verdict": "green", "test": "", "why": ""}  # the first that went wrong
+    words, test = b"", "collection"
+    seconds: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    seen = {
+        "verdict": "green",
+        "test": "",
+        "why": "",
+        "seconds": seconds,
+        "failed": failed,
+    }  # the first that went wrong
     deadline = time.monotonic() + other_limit
     while True:
         ready, _, _ = select.select([reader, 0], [], [], 0.1)
         if 0 in ready:
             sys.exit()  # nobody waits for the answer any more
         if time.monotonic() > deadline:
-            return {"verdict": "hung", "test": test, "why": "time limit", "seconds": seconds}
+            failed[test] = "time limit"
+            return seen | {"verdict": "hung", "test": test, "why": "time limit"}
         piece = os.read(reader, 65536) if ready else b""
         words += piece
         *lines, words = words.split(b"\n")
@@ -109,14 +119,17 @@ def _watch(pid: int, reader: int, limits: dict[str, float], other_limit: float) 
                 deadline = time.monotonic() + limits.get(name, other_limit)
             elif kind == "end":
                 seconds[name] = float(text)
-            elif seen["verdict"] == "green":
-                seen = {"verdict": kind, "test": name, "why": text}
+            else:
+                failed[name] = text
+                if seen["verdict"] == "green":
+                    seen |= {"verdict": kind, "test": name, "why": text}
         if not piece and _ended(pid):
             break
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if seen["verdict"] == "green" and status not in (0, 5):  # 5: no tests were collected
-        seen = {"verdict": "red", "test": test, "why": f"the process ended with status {status}"}
-    return {**seen, "seconds": seconds}
+        failed[test] = f"the process ended with status {status}"
+        seen |= {"verdict": "red", "test": test, "why": failed[test]}
+    return seen
 
 
 def _ended(pid: int) -> bool:
@@ -153,7 +166,19 @@ def _run_tests(job: dict, writer: int) -> int:
     log = os.open("pytest.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", job["marks"]]
+    import hypothesis
+
+    hypothesis.settings.register_profile("unhurried", deadline=None)  # a tracer and other edits take their time
+    options = [
+        "--hypothesis-profile=unhurried",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "--hypothesis-seed=0",
+        "-m",
+        job["marks"],
+    ]
     plugins: list = [_Reporter(job, writer)]
     if job["trace"]:
         plugins.append(_Tracing(job["trace"]))
@@ -168,6 +193,7 @@ class _Reporter:
     def __init__(self, job: dict, writer: int):
         self.writer = writer
         self.wanted = {test: place for place, test in enumerate(t for tests in job["tests"].values() for t in tests)}
+        self.functions = job["functions"]
         self.seconds: dict[str, float] = {}
 
     def say(self, kind: str, test: str, text: str = "") -> None:
@@ -179,6 +205,8 @@ class _Reporter:
             self.say("red", report.nodeid, _reason(report))
 
     def pytest_collection_modifyitems(self, config, items):
+        if self.functions is not None:
+            items[:] = [item for item in items if item.originalname in self.functions]
         if self.wanted:
             config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in self.wanted])
             items[:] = [item for item in items if item.nodeid in self.wanted]
