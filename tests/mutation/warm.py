@@ -4,7 +4,7 @@ It has imported what takes seconds (torch, transformers, pytest) and nothing of 
 own files, edited or not. Jobs come as JSON lines on standard input, answers go as JSON lines to standard output:
 
     {"files": {path: text}, "tests": {file: [node id, ...]}, "limits": {node id: seconds},
-     "other_limit": seconds, "marks": pytest's -m, "trace": folder or null, "functions": names of test functions or null}
+     "other_limit": seconds, "marks": pytest's -m, "trace": folder or null, "functions": names of tests or null}
     {"verdict": "green" | "red" | "hung" | "broken", "test": node id, "why": one line, "seconds": {node id: seconds},
      "failed": {node id: why}}
 
@@ -31,6 +31,7 @@ import time
 import traceback
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 _SET_CHILD_SUBREAPER = 36  # linux/prctl.h: orphans of a child become ours
@@ -94,13 +95,8 @@ def _watch(pid: int, reader: int, limits: dict[str, float], other_limit: float) 
     words, test = b"", "collection"
     seconds: dict[str, float] = {}
     failed: dict[str, str] = {}
-    seen = {
-        "verdict": "green",
-        "test": "",
-        "why": "",
-        "seconds": seconds,
-        "failed": failed,
-    }  # the first that went wrong
+    # The first that went wrong, and what there is to know of all.
+    seen = {"verdict": "green", "test": "", "why": "", "seconds": seconds, "failed": failed}
     deadline = time.monotonic() + other_limit
     while True:
         ready, _, _ = select.select([reader, 0], [], [], 0.1)
@@ -166,19 +162,9 @@ def _run_tests(job: dict, writer: int) -> int:
     log = os.open("pytest.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    import hypothesis
-
     hypothesis.settings.register_profile("unhurried", deadline=None)  # a tracer and other edits take their time
-    options = [
-        "--hypothesis-profile=unhurried",
-        "-q",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "--hypothesis-seed=0",
-        "-m",
-        job["marks"],
-    ]
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    options += ["--hypothesis-profile=unhurried", "-m", job["marks"]]
     plugins: list = [_Reporter(job, writer)]
     if job["trace"]:
         plugins.append(_Tracing(job["trace"]))
