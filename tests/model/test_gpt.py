@@ -13,7 +13,8 @@ from heiretsu.model.config import ModelConfig
 from heiretsu.parallel.mesh import abstract_mesh
 from tests.training import DENSE, MIXTURE, dataset, run_config
 
-# Radford et al. 2019 and its code: normals of 0.02; those that add to the residual stream, 1 / sqrt(2 n_layer) of that.
+# Normals of 0.02, as transformers' GPT2Config has it, and for what adds to the residual stream 1 / sqrt(2 n_layer) of
+# that (Radford et al. 2019, section 2.3).
 RESIDUAL = re.compile(r"blocks\.\d\.(attn\.proj\.weight|mlp\.proj\.weight|mlp\.w2)")
 OTHERS = re.compile(r"(wte|wpe)\.weight|blocks\.\d\.(attn\.qkv\.weight|mlp\.fc\.weight|mlp\.router\.weight|mlp\.w1)")
 ONES = re.compile(r"(blocks\.\d\.ln_[12]|ln_f)\.weight")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import nn
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 
 from tests.oracle.draws import derived_seed, kept, normal
+
+if TYPE_CHECKING:
+    from tests.oracle.training import Run
 
 
 @dataclass
@@ -110,63 +114,21 @@ class Parameter:
         return torch.cat([seen, seen.new_zeros(self.shape[0] - len(seen), *seen.shape[1:])])
 
 
-def build(run, place: Place) -> tuple[GPT2LMHeadModel, list[Parameter]]:
+def build(run: Run, place: Place) -> tuple[GPT2LMHeadModel, list[Parameter]]:
     """The model of a run, float64, with its initial values."""
     C, V = run.n_embed, 257
     sizes = {"n_positions": run.block_size, "n_embd": C, "n_layer": run.n_layer, "n_head": run.n_head}
     no_text = {"bos_token_id": None, "eos_token_id": None}  # transformers' own are outside this vocabulary
-    config = GPT2Config(vocab_size=V, **sizes, **no_text, attn_implementation="by_hand")
-    model = GPT2LMHeadModel(config).double()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, **sizes, **no_text, attn_implementation="by_hand")).double()
     gpt = model.transformer
     gpt.drop = PlacedDropout(run.dropout, place, "embedding")
-    small = 0.02 / math.sqrt(2 * run.n_layer)  # Radford et al. 2019, section 2.3
     padded = -(-V // 128) * 128
-
-    def same(tensor):
-        return tensor
-
-    def turned(tensor):  # transformers' Conv1D keeps (in, out)
-        return tensor.T
-
-    def three(tensor):  # query, key and value, each (C, C) or (C,)
-        return tensor.t().unflatten(0, (3, C))
-
     parameters = [
-        Parameter("wte.weight", (padded, C), gpt.wte.weight, same, std=0.02),
-        Parameter("wpe.weight", (run.block_size, C), gpt.wpe.weight, same, std=0.02),
+        Parameter("wte.weight", (padded, C), gpt.wte.weight, _same, std=0.02),
+        Parameter("wpe.weight", (run.block_size, C), gpt.wpe.weight, _same, std=0.02),
     ]
     for layer, block in enumerate(gpt.h):
-        block.attn.attn_dropout = PlacedDropout(run.dropout, place, layer, "attention")
-        block.attn.resid_dropout = PlacedDropout(run.dropout, place, layer, "attention output")
-        after_mlp = block.mlp.dropout = PlacedDropout(run.dropout, place, layer, "mlp output")
-        named = f"blocks.{layer}"
-        for norm in ("ln_1", "ln_2"):
-            parameters += _norm(f"{named}.{norm}", getattr(block, norm))
-        qkv, proj = block.attn.c_attn, block.attn.c_proj
-        parameters += [
-            Parameter(f"{named}.attn.qkv.weight", (3, C, C), qkv.weight, three, std=0.02),
-            Parameter(f"{named}.attn.qkv.bias", (3, C), qkv.bias, three),
-            Parameter(f"{named}.attn.proj.weight", (C, C), proj.weight, turned, std=small),
-            Parameter(f"{named}.attn.proj.bias", (C,), proj.bias, same),
-        ]
-        if run.num_experts and (layer + 1) % run.moe_freq == 0:
-            E, F_ = run.num_experts, 4 * C
-            moe = block.mlp = Mixture(C, E, run.top_k, after_mlp).double()
-            parameters += [
-                Parameter(f"{named}.mlp.router.weight", (E, C), moe.router, same, std=0.02),
-                Parameter(f"{named}.mlp.w1", (E, C, F_), moe.w1, same, std=0.02),
-                Parameter(f"{named}.mlp.b1", (E, F_), moe.b1, same),
-                Parameter(f"{named}.mlp.w2", (E, F_, C), moe.w2, same, std=small),
-                Parameter(f"{named}.mlp.b2", (E, C), moe.b2, same),
-            ]
-        else:
-            fc, proj = block.mlp.c_fc, block.mlp.c_proj
-            parameters += [
-                Parameter(f"{named}.mlp.fc.weight", (4 * C, C), fc.weight, turned, std=0.02),
-                Parameter(f"{named}.mlp.fc.bias", (4 * C,), fc.bias, same),
-                Parameter(f"{named}.mlp.proj.weight", (C, 4 * C), proj.weight, turned, std=small),
-                Parameter(f"{named}.mlp.proj.bias", (C,), proj.bias, same),
-            ]
+        parameters += _block(run, place, layer, block)
     parameters += _norm("ln_f", gpt.ln_f)
     for parameter in parameters:
         into = parameter.view(parameter.ours.data)
@@ -177,9 +139,58 @@ def build(run, place: Place) -> tuple[GPT2LMHeadModel, list[Parameter]]:
     return model, parameters
 
 
+def _block(run: Run, place: Place, layer: int, block: nn.Module) -> list[Parameter]:
+    """Give a block its dropout and, where it is a mixture, its experts. Returns its parameters."""
+    C, named = run.n_embed, f"blocks.{layer}"
+    small = 0.02 / math.sqrt(2 * run.n_layer)  # Radford et al. 2019, section 2.3
+    block.attn.attn_dropout = PlacedDropout(run.dropout, place, layer, "attention")
+    block.attn.resid_dropout = PlacedDropout(run.dropout, place, layer, "attention output")
+    after_mlp = block.mlp.dropout = PlacedDropout(run.dropout, place, layer, "mlp output")
+    qkv, proj = block.attn.c_attn, block.attn.c_proj
+    parameters = [
+        *_norm(f"{named}.ln_1", block.ln_1),
+        Parameter(f"{named}.attn.qkv.weight", (3, C, C), qkv.weight, _three, std=0.02),
+        Parameter(f"{named}.attn.qkv.bias", (3, C), qkv.bias, _three),
+        Parameter(f"{named}.attn.proj.weight", (C, C), proj.weight, _turned, std=small),
+        Parameter(f"{named}.attn.proj.bias", (C,), proj.bias, _same),
+        *_norm(f"{named}.ln_2", block.ln_2),
+    ]
+    if run.num_experts and (layer + 1) % run.moe_freq == 0:
+        E = run.num_experts
+        moe = block.mlp = Mixture(C, E, run.top_k, after_mlp).double()
+        return parameters + [
+            Parameter(f"{named}.mlp.router.weight", (E, C), moe.router, _same, std=0.02),
+            Parameter(f"{named}.mlp.w1", (E, C, 4 * C), moe.w1, _same, std=0.02),
+            Parameter(f"{named}.mlp.b1", (E, 4 * C), moe.b1, _same),
+            Parameter(f"{named}.mlp.w2", (E, 4 * C, C), moe.w2, _same, std=small),
+            Parameter(f"{named}.mlp.b2", (E, C), moe.b2, _same),
+        ]
+    fc, proj = block.mlp.c_fc, block.mlp.c_proj
+    return parameters + [
+        Parameter(f"{named}.mlp.fc.weight", (4 * C, C), fc.weight, _turned, std=0.02),
+        Parameter(f"{named}.mlp.fc.bias", (4 * C,), fc.bias, _same),
+        Parameter(f"{named}.mlp.proj.weight", (C, 4 * C), proj.weight, _turned, std=small),
+        Parameter(f"{named}.mlp.proj.bias", (C,), proj.bias, _same),
+    ]
+
+
 def _norm(name: str, norm: nn.LayerNorm) -> list[Parameter]:
     C = len(norm.weight)
     return [
-        Parameter(f"{name}.weight", (C,), norm.weight, lambda tensor: tensor, fill=1.0),
-        Parameter(f"{name}.bias", (C,), norm.bias, lambda tensor: tensor),
+        Parameter(f"{name}.weight", (C,), norm.weight, _same, fill=1.0),
+        Parameter(f"{name}.bias", (C,), norm.bias, _same),
     ]
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _turned(tensor: torch.Tensor) -> torch.Tensor:
+    """transformers' Conv1D keeps (in, out)."""
+    return tensor.T
+
+
+def _three(tensor: torch.Tensor) -> torch.Tensor:
+    """Query, key and value, which are (C, 3C) there, or (3C,)."""
+    return tensor.t().unflatten(0, (3, -1))
