@@ -147,8 +147,8 @@ EDITS = [
     Edit(
         "sampling multiplies by the temperature",
         "model/generate.py",
-        "logits / temperature",
-        "logits * temperature",
+        "/ max(temperature, 1e-30)",
+        "* max(temperature, 1e-30)",
         SAMPLES,
     ),
     Edit(
