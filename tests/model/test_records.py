@@ -8,7 +8,7 @@ import pkgutil
 import pytest
 import torch
 
-from heiretsu.kernels import attention_arguments, cpu_attention, cpu_cross_entropy, cpu_moe, cpu_pointwise, fused, plain
+from heiretsu.kernels import cpu_attention, cpu_cross_entropy, cpu_moe, cpu_pointwise, fused, plain, random
 from heiretsu.model import build, config, gpt
 from heiretsu.parallel import data as data_parallel
 
@@ -34,7 +34,7 @@ def test_records_are_frozen(package):
 
 def test_dropout_of_attention_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        attention_arguments.Dropout(0.1, 0, 0, 0).p = 0.2
+        random.Dropout(0.1, 0, 0, 0).p = 0.2
 
 
 FORMS = {
