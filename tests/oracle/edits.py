@@ -241,7 +241,13 @@ EDITS = [
         SPEED,
     ),
     # One for each kind of run that the oracle repeats
-    Edit("the router does not decay", "model/moe.py", "std=0.02, decay=True)\n", "std=0.02)\n", f"{STORED}[mixture]"),
+    Edit(
+        "the router does not decay",
+        "model/moe.py",
+        "weight=Spec(shape, std=0.02, decay=True)",
+        "weight=Spec(shape, std=0.02)",
+        f"{STORED}[mixture]",
+    ),
     Edit("a step that overflowed is taken", "parallel/engine.py", "if not skipped:", "if True:", SKIPPED),
     Edit("a GELU of the CPU forms' own", "kernels/cpu_pointwise.py", "0.044715 *", "0.0447 *", kind("dense fused")),
     Edit(
