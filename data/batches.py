@@ -164,7 +164,7 @@ def open_data(
                 raise ValueError(
                     f"{flag} {chunks}: the embedded corpus has no chunks; give --data_dir too, or leave it out"
                 )
-        encoding = None if tokenizer is None else load_tokenizer(tokenizer, vocab_dir)
+        encoding = None if tokenizer in (None, "bytes") else load_tokenizer(tokenizer, vocab_dir)
         splits = zip(("train", "validation"), load_corpus(encoding), strict=True)
         train, val = (
             TokenDataset(

@@ -6,6 +6,8 @@ entities) and packages that distributions split off are left out: the rest is co
 learn to imitate within minutes.
 """
 
+from __future__ import annotations
+
 import hashlib
 import importlib
 import os
@@ -13,9 +15,12 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tiktoken
+
+if TYPE_CHECKING:
+    import tiktoken
 
 END_OF_TEXT = 256  # the id that the `bytes` tokenizer gives to <|endoftext|>
 VAL_PERCENT = 5

@@ -5,6 +5,8 @@ et al. 2019); its two files come from a folder, from tiktoken's cache, or from t
 them the error says how to supply them.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
@@ -12,14 +14,18 @@ import os
 import tempfile
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tiktoken
+if TYPE_CHECKING:
+    import tiktoken
 
 TOKENIZERS = {"bytes": 257, "gpt2": 50257}  # name: vocabulary size
 END_OF_TEXT = "<|endoftext|>"
 
 # Radford et al. 2019. The possessive form that newer tiktokens use gives the same pieces; this one works in all.
 _GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# Any split into pieces gives the same bytes; long pieces keep the regular expression off the clock.
+_BYTE_PATTERN = r"[\s\S]{1,64}"
 _GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _GPT2_FILES = {  # name: sha256 of the published file
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -37,27 +43,24 @@ def load_tokenizer(name: str, vocab_dir: str | os.PathLike | None = None) -> tik
     if name not in TOKENIZERS:
         raise ValueError(f"--tokenizer {name}: unknown; choose one of {', '.join(TOKENIZERS)}")
     if name == "bytes":
-        return _byte_encoding()
+        return _encoding("bytes", _BYTE_PATTERN, {bytes([byte]): byte for byte in range(256)})
     files = {file: _read_from(Path(vocab_dir), file) if vocab_dir else _read_cached(file) for file in _GPT2_FILES}
     ranks = _merge_ranks(files["vocab.bpe"], files["encoder.json"], vocab_dir or "the downloaded vocabulary")
-    end_of_text = len(ranks)
+    return _encoding("gpt2", _GPT2_PATTERN, ranks)
+
+
+def _encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    """Every id of `ranks`, and end of text behind them. ValueError where there is no tiktoken."""
+    try:
+        import tiktoken  # not at the top: who reads token shards needs none, and may be on a machine without it
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--tokenizer {name}: tiktoken is not installed (pip install tiktoken)") from error
     return tiktoken.Encoding(
-        "gpt2",
-        pat_str=_GPT2_PATTERN,
+        name,
+        pat_str=pattern,
         mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: end_of_text},
-        explicit_n_vocab=TOKENIZERS["gpt2"],
-    )
-
-
-def _byte_encoding() -> tiktoken.Encoding:
-    # Any split into pieces gives the same tokens; long pieces keep the regular expression off the clock.
-    return tiktoken.Encoding(
-        "bytes",
-        pat_str=r"[\s\S]{1,64}",
-        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
-        special_tokens={END_OF_TEXT: 256},
-        explicit_n_vocab=TOKENIZERS["bytes"],
+        special_tokens={END_OF_TEXT: len(ranks)},
+        explicit_n_vocab=TOKENIZERS[name],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from heiretsu.model.options import RunConfig
 from heiretsu.parallel.engine import StepReport
@@ -44,7 +44,9 @@ class RunLog:
         self.peak_flops = peak_flops(mesh, config)
         if config.log_file:
             self.file = LogFile(config.log_file, first_step)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
+            from tqdm import tqdm
+
             self.bar = tqdm(total=config.max_iters, initial=first_step, unit="step", dynamic_ncols=True)
         if config.wandb:
             self._start_wandb(run_id)
@@ -114,7 +116,7 @@ class RunLog:
     def say(self, line: str) -> None:
         """A line on the terminal, above the progress bar where there is one."""
         if self.writes:
-            tqdm.write(line) if self.bar is not None else print(line, flush=True)
+            self.bar.write(line) if self.bar is not None else print(line, flush=True)
 
     def _expert_load(self, report: StepReport) -> dict:
         """For wandb: the share of tokens of each expert of each mixture layer, and a bar chart of the whole model's."""
