@@ -66,13 +66,17 @@ def measure(
     quick: bool,
     compiled: bool = True,
     clock: Callable = time.perf_counter,
+    tiny: bool = False,
 ) -> list[Result]:
-    """Results in the order of `implementations`; each pass is timed for seconds, or half of one."""
+    """Results in the order of `implementations`; each pass is timed for seconds, or half of one.
+
+    tiny: three rounds, and the rivals of a GPU whatever the device: to rehearse the code.
+    """
     torch.compiler.reset()
     inputs = place(workload.inputs(torch.Generator().manual_seed(0), dtype), device)
-    candidates = implementations(workload, device, compiled)
+    candidates = implementations(workload, device, compiled) | (rivals.on_gpu(workload) if tiny else {})
     judge = Judge(workload, inputs, dtype)
-    seconds, rounds = (0.4, (3, 50)) if quick else (2.0, (7, 200))
+    seconds, rounds = (0.0, (3, 3)) if tiny else (0.4, (3, 50)) if quick else (2.0, (7, 200))
     cotangents = None
     results, sound = [], {}
     for name, call in candidates.items():

@@ -42,16 +42,21 @@ def in_turns(
     """Time every function once a round, until `seconds` are spent and rounds[0] are done, or rounds[1] are.
 
     The order rotates, so that nobody always runs behind the same neighbour. Call each once before: this is no warm-up.
-    clock: of CLOCKS, for a CPU; a GPU is timed by its own events.
+    clock: of CLOCKS, for a CPU, or a GpuClock; a GPU is timed by its own events whatever it is.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    measure = _GpuClock(device) if device.type == "cuda" else functools.partial(_cpu_time, clock=clock)
+    if device.type == "cuda" and not isinstance(clock, GpuClock):
+        clock = GpuClock(device)
+    measure: Callable[[Callable], float] = functools.partial(_cpu_time, clock=clock)
+    now = clock
+    if isinstance(clock, GpuClock):
+        measure, now = clock, time.perf_counter
     order = list(functions)
-    started = clock()
+    started = now()
     gc.disable()
     try:
         for done in range(rounds[1]):
-            if done >= rounds[0] and clock() - started > seconds:
+            if done >= rounds[0] and now() - started > seconds:
                 break
             for name in order[done % len(order) :] + order[: done % len(order)]:
                 samples[name].append(measure(functions[name]))
@@ -68,14 +73,17 @@ def _cpu_time(function: Callable, clock: Callable) -> float:
     return elapsed
 
 
-class _GpuClock:
-    """Time between two events on the stream, after the L2 was overwritten."""
+class GpuClock:
+    """Time between two events on the stream, after the L2 was overwritten.
 
-    def __init__(self, device):
-        self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+    event: torch.cuda.Event, or what stands in for it where there is no GPU.
+    """
+
+    def __init__(self, device: torch.device, event: Callable = torch.cuda.Event, flush_bytes: int = FLUSH_BYTES):
+        self.event, self.flush = event, torch.empty(flush_bytes // 4, dtype=torch.int32, device=device)
 
     def __call__(self, function: Callable) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = self.event(enable_timing=True), self.event(enable_timing=True)
         self.flush.zero_()
         begin.record()
         function()
@@ -96,24 +104,28 @@ class Roofline:
         return max(flops / self.flops_per_s, bytes_ / self.bytes_per_s)
 
 
-def measure_roofline(device: torch.device, dtype: torch.dtype, clock=time.perf_counter) -> Roofline:
-    """Copy bandwidth of a tensor far larger than the caches, and the fastest of a few matrix products."""
+def measure_roofline(device: torch.device, dtype: torch.dtype, clock=time.perf_counter, tiny=False) -> Roofline:
+    """Copy bandwidth of a tensor far larger than the caches, and the fastest of a few matrix products.
+
+    tiny: sizes that measure nothing, to rehearse the code.
+    """
     gpu = device.type == "cuda"
-    source = torch.ones((2**30 if gpu else 2**28) // 4, dtype=torch.float32, device=device)
+    source = torch.ones((2**16 if tiny else 2**30 if gpu else 2**28) // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copy = {"copy": lambda: target.copy_(source)}
     copy["copy"]()
-    best_copy = min(in_turns(copy, device, 0.5, (5, 20), clock)["copy"].samples)
+    best_copy = min(in_turns(copy, device, 0.0 if tiny else 0.5, (5, 20), clock)["copy"].samples)
     bandwidth = 2 * source.numel() * source.element_size() / best_copy
     products, flops = {}, {}
-    for rows, depth, columns in ((8192,) * 3, (16384, 4096, 4096)) if gpu else ((2048, 768, 3072), (1024, 1024, 4096)):
+    sizes = ((8192,) * 3, (16384, 4096, 4096)) if gpu else ((2048, 768, 3072), (1024, 1024, 4096))
+    for rows, depth, columns in ((32, 32, 32),) if tiny else sizes:
         a = torch.randn(rows, depth, device=device).to(dtype)
         b = torch.randn(depth, columns, device=device).to(dtype)
         name = f"{rows}x{depth}x{columns}"
         products[name], flops[name] = (lambda a=a, b=b: a @ b), 2 * rows * depth * columns
     for product in products.values():
         product()
-    times = in_turns(products, device, 1.0, (5, 40), clock)
+    times = in_turns(products, device, 0.0 if tiny else 1.0, (5, 40), clock)
     return Roofline(bandwidth, max(flops[name] / min(times[name].samples) for name in products))
 
 

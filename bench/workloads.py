@@ -7,10 +7,11 @@ is credited for extra work.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-Inputs = dict[str, object]
+Inputs = dict[str, Any]
 MAX_SCORES = 2**26
 
 
@@ -48,26 +49,35 @@ def _normal(generator, dtype, *shape, scale=1.0, grad=True):
     return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_(grad)
 
 
-def attention(series, B, H, T, D, dropout_p=0.0) -> Workload:
-    """Causal self-attention on views of a fused QKV projection, (B, T, 3, H, D)."""
+def attention(series, B, H, T, D, dropout_p=0.0, Hkv=None) -> Workload:
+    """Causal self-attention on views of a fused QKV projection, (B, T, H + 2 Hkv, D). Hkv: key heads, H by default."""
+    Hkv = Hkv or H
 
     def inputs(generator, dtype):
-        qkv = _normal(generator, dtype, B, T, 3, H, D)
-        return {"qkv": qkv}
+        return {"qkv": _normal(generator, dtype, B, T, H + 2 * Hkv, D), "key_heads": Hkv}
 
     def call(ops, inputs):
-        q, k, v = inputs["qkv"].permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        return (ops.attention(q, k, v, dropout_p=dropout_p, seed=1),)
+        return (ops.attention(*attention_heads(inputs), dropout_p=dropout_p, seed=1),)
 
     def part(inputs):  # the first heads of the first sample, where the whole score matrix would be too large
         if B * H * T * T <= MAX_SCORES:
             return inputs
-        heads = max(1, min(H, MAX_SCORES // T**2))
-        return {"qkv": inputs["qkv"].detach()[:1, :, :, :heads].clone().requires_grad_()}
+        groups = max(1, min(Hkv, MAX_SCORES // T**2 * Hkv // H))
+        chosen = [*range(groups * H // Hkv), *range(H, H + groups), *range(H + Hkv, H + Hkv + groups)]
+        qkv = inputs["qkv"].detach()[:1, :, chosen].clone().requires_grad_()
+        return {"qkv": qkv, "key_heads": groups}
 
     flops = 4 * B * H * T * T * D / 2
-    elements = B * H * T * D
-    return Workload("attention", series, "T", T, inputs, call, (flops, 2.5 * flops), (4 * elements, 8 * elements), part)
+    queries, keys = B * H * T * D, B * Hkv * T * D  # q and out; k and v
+    moved = (2 * queries + 2 * keys, 4 * queries + 4 * keys)
+    return Workload("attention", series, "T", T, inputs, call, (flops, 2.5 * flops), moved, part)
+
+
+def attention_heads(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (B, H, T, D), k and v (B, Hkv, T, D) of an attention workload's inputs."""
+    qkv, key_heads = inputs["qkv"], inputs["key_heads"]
+    q, k, v = qkv.transpose(1, 2).split([qkv.shape[2] - 2 * key_heads, key_heads, key_heads], dim=1)
+    return q, k, v
 
 
 def bias_gelu(series, N, F_) -> Workload:

@@ -82,7 +82,10 @@ def test_attention_is_judged_on_a_part_where_the_whole_is_too_large():
     small, large = workloads.attention("", 2, 4, 64, 8), workloads.attention("", 2, 4, 8192, 1)
     inputs = inputs_of(small)
     assert small.part(inputs) is inputs
-    assert large.part(inputs_of(large))["qkv"].shape == (1, 8192, 3, 1, 1)
+    assert large.part(inputs_of(large))["qkv"].shape == (1, 8192, 3, 1)
+    grouped = workloads.attention("", 2, 8, 4096, 1, Hkv=2)
+    part = grouped.part(inputs_of(grouped))
+    assert (part["qkv"].shape, part["key_heads"]) == ((1, 4096, 6, 1), 1)  # 4 query heads, their key and value
 
 
 @pytest.mark.parametrize("make", [workloads.on_cpu, workloads.on_gpu])
