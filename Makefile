@@ -7,9 +7,14 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 INSTALL ?=
 JOBS   ?= 2
+OUT    ?= runs/gpu
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help install train test mutate lint format types emulate audit bench cluster wheel clean
+=======
+.PHONY: help install train test lint format types emulate audit bench gpu wheel clean
+>>>>>>> ba525ec (bench: one command says what a GPU says)
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -69,6 +74,13 @@ cluster: $(VENV)/.installed-dev ## several machines, as two hosts on this one, w
 
 bench: $(VENV)/.installed-dev ## measure the kernels against their alternatives
 	$(BIN)/python bench/kernels.py $(ARGS)
+
+# With the Python that is there, and what is installed in it: a rented machine may have no network, and has its own torch.
+gpu: GPU_PYTHON := $(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(PYTHON))
+gpu: ## on a machine with a GPU: is it right, how fast, does it train (OUT=DIR, ARGS="--minutes 5")
+	@$(GPU_PYTHON) -c 'import heiretsu.bench' 2>/dev/null || \
+	    $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(GPU_PYTHON) bench/gpu.py --out $(OUT) $(ARGS)
 
 wheel: $(VENV)/.installed-dev ## build dist/heiretsu-*.whl
 	$(BIN)/python -m build --wheel
