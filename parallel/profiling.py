@@ -7,6 +7,7 @@ chrome://tracing, one for each rank. The same regions keep the record of what a 
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -80,5 +81,7 @@ class StepProfiler:
         on_gpu = self.mesh.device.type == "cuda"
         averages = profiler.key_averages()
         by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-        regions = averages.table(sort_by="cpu_time_total", row_limit=12, top_level_events_only=True)
-        self.table = f"by region:\n{regions}\nby kernel:\n{averages.table(sort_by=by, row_limit=15)}"
+        regions = copy.copy(averages)
+        regions[:] = [event for event in averages if event.is_user_annotation]
+        by_region = regions.table(sort_by="cpu_time_total", row_limit=12)
+        self.table = f"by region:\n{by_region}\nby kernel:\n{averages.table(sort_by=by, row_limit=15)}"

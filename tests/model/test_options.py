@@ -21,6 +21,8 @@ DEFAULTS = {
     "batch_size": 16,
     "grad_accum_steps": 1,
     "max_iters": 1000,
+    "max_skips": 50,
+    "check_replicas": 0,
     "eval_interval": 250,
     "eval_iters": 10,
     "learning_rate": 1e-3,
@@ -54,6 +56,8 @@ DEFAULTS = {
     "run_name": None,
     "checkpoint_dir": None,
     "save_interval": 0,
+    "allow_changes": False,
+    "on_save_error": "stop",
     "resume": "none",
     "init_from": None,
     "keep": 2,
@@ -84,6 +88,8 @@ GIVEN = {
     "batch_size": 5,
     "grad_accum_steps": 6,
     "max_iters": 70,
+    "max_skips": 19,
+    "check_replicas": 18,
     "eval_interval": 7,
     "eval_iters": 8,
     "learning_rate": 0.25,
@@ -112,6 +118,7 @@ GIVEN = {
     "run_name": "name",
     "checkpoint_dir": "folder",
     "save_interval": 14,
+    "on_save_error": "continue",
     "resume": "auto",
     "init_from": "first",
     "keep": 15,
@@ -129,7 +136,7 @@ MODEL_GIVEN = {
     "moe_freq": 5,
     "aux_loss_coef": 0.75,
 }
-SWITCHES = ("compile", "fused", "wandb", "memory_snapshot")
+SWITCHES = ("allow_changes", "compile", "fused", "wandb", "memory_snapshot")
 
 
 @pytest.fixture(autouse=True)
@@ -172,10 +179,12 @@ def test_sizes_that_follow_by_hand():
 
 
 AT_LEAST_1 = (
-    "batch_size grad_accum_steps max_iters eval_iters dp ep pp tp virtual_stages keep loss_scale_window "
+    "batch_size grad_accum_steps max_iters max_skips eval_iters dp ep pp tp virtual_stages keep loss_scale_window "
     "num_train_chunks num_val_chunks n_layer n_head block_size"
 ).split()
-AT_LEAST_0 = "eval_interval warmup_iters weight_decay grad_clip save_interval sample_tokens num_experts".split()
+AT_LEAST_0 = (
+    "eval_interval check_replicas warmup_iters weight_decay grad_clip save_interval sample_tokens num_experts".split()
+)
 EDGES = [  # what is needed beside it, the last that is taken, the first that is refused, what is said of it
     *(("", f"--{name} 1", f"--{name} 0", f"--{name} 0 must be at least 1") for name in AT_LEAST_1),
     *(("", f"--{name} 0", f"--{name} -1", rf"--{name} -1(\.0)? must be at least 0") for name in AT_LEAST_0),
@@ -239,6 +248,7 @@ CHOICES = {
     "amp": ("none", "fp16", "bf16"),
     "dtype": ("float32", "float64"),
     "wandb_mode": ("online", "offline", "disabled"),
+    "on_save_error": ("stop", "continue"),
 }
 
 

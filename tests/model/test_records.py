@@ -13,7 +13,7 @@ from heiretsu.model import build, config, gpt
 from heiretsu.parallel import data as data_parallel
 
 # Those whose fields are set again while a run goes on. Every other dataclass is frozen.
-CHANGING = {"LossScaler", "_Bucket", "Totals", "_InFlight", "Meeting"}
+CHANGING = {"LossScaler", "_Bucket", "Totals", "_InFlight", "Meeting", "Saving", "Peer"}
 
 
 def dataclasses_of(package: str) -> dict[str, type]:

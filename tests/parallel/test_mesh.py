@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from heiretsu.parallel.collectives import all_reduce
-from heiretsu.parallel.mesh import AXIS_NAMES, abstract_mesh, make_mesh
+from heiretsu.parallel.mesh import AXIS_NAMES, Axis, abstract_mesh, make_mesh
 
 LINES = (*AXIS_NAMES, "replica", "ends", "pp_back", "world")
 
@@ -46,3 +46,14 @@ def test_each_group_reaches_exactly_its_ranks(ranks, sizes):
 def test_a_mesh_of_another_size_than_the_world_is_refused():
     with pytest.raises(ValueError, match="--dp 2 x --ep 1 x --pp 1 x --tp 3 = 6 ranks, but the world has 1 processes"):
         make_mesh(dp=2, tp=3)
+
+
+def test_a_rank_in_words_and_an_axis_of_one():
+    assert abstract_mesh(dp=2, ep=3, pp=2, tp=2, rank=23).coordinates() == "rank 23 (dp=1, ep=2, pp=1, tp=1)"
+    assert abstract_mesh(pp=2, rank=1).coordinates() == "rank 1 (dp=0, ep=0, pp=1, tp=0)"
+    assert (Axis("tp").size, Axis("tp").index, Axis("tp").ranks, Axis("tp").group) == (1, 0, (0,), None)
+    mesh = abstract_mesh(dp=2, pp=4, rank=5)
+    assert all(getattr(mesh, name).name == name for name in LINES)
+    assert all(abstract_mesh(pp=4, rank=rank).ends.name == "ends" for rank in range(4))
+    alone = make_mesh()
+    assert alone.world == Axis("world") and alone.device == torch.device("cpu") and alone.device_mesh is None

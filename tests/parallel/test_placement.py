@@ -1,9 +1,11 @@
-"""Which part of a dim each rank holds."""
+"""Which part of a parameter each rank holds, who counts it, and where its gradient is summed."""
 
+import pytest
 import torch
+from torch import nn
 
-from heiretsu.parallel.mesh import Axis
-from heiretsu.parallel.placement import shard_bounds
+from heiretsu.parallel.mesh import Axis, abstract_mesh
+from heiretsu.parallel.placement import Placement, Spec, declare, placement_table, shard_bounds
 
 
 def test_a_dim_is_dealt_out_as_torch_chunk_and_so_a_checkpoint_deals_it_out():
@@ -14,3 +16,69 @@ def test_a_dim_is_dealt_out_as_torch_chunk_and_so_a_checkpoint_deals_it_out():
             parts += [torch.arange(0)] * (ranks - len(parts))
             bounds = [shard_bounds(size, Axis("tp", ranks, index)) for index in range(ranks)]
             assert [list(range(*bound)) for bound in bounds] == [part.tolist() for part in parts], (size, ranks)
+
+
+SIZES = {"dp": 2, "ep": 2, "pp": 2, "tp": 2}
+SPECS = {
+    "replicated": Spec((3,)),
+    "split over tp": Spec((5, 4), ((1, "tp"),)),
+    "an expert's": Spec((4, 6, 2), ((0, "ep"), (1, "tp")), expert=True),
+    "an expert's, whole over tp": Spec((4, 2), ((0, "ep"),), expert=True),
+    "tied": Spec((8, 2), ((0, "tp"),), tied=True),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_each_element_of_a_stage_has_one_owner(name):
+    """Of a tied parameter, in both stages that hold it together."""
+    spec = SPECS[name]
+    owners = {stage: torch.zeros(spec.shape, dtype=torch.int) for stage in (0, 1)}
+    for rank in range(16):
+        mesh = abstract_mesh(**SIZES, rank=rank)
+        place = Placement(name, spec, mesh)
+        assert place.local(owners[0]).shape == owners[0][place.local_slices].shape
+        if place.is_owner:
+            owners[mesh.pp.index][place.local_slices] += 1
+    together = [owners[0] + owners[1]] if spec.tied else owners.values()
+    assert all((count == 1).all() for count in together)
+    if spec.tied:
+        assert (owners[0] == 1).all()
+
+
+def test_gradients_are_summed_where_other_tokens_are_and_divided_by_all_replicas():
+    mesh = abstract_mesh(**SIZES, rank=5)
+    dense, expert, tied = (Placement("x", SPECS[name], mesh) for name in ("replicated", "an expert's", "tied"))
+    assert (dense.reduce_axis, expert.reduce_axis) == (mesh.replica, mesh.dp)
+    assert dense.divisor == expert.divisor == 4
+    assert (dense.tied_axis, tied.tied_axis) == (None, mesh.ends)
+    assert Placement("x", SPECS["tied"], abstract_mesh(dp=2, tp=2)).tied_axis is None
+
+
+def test_padding_is_no_element():
+    mesh = abstract_mesh()
+    assert Placement("x", Spec((128, 3, 2), rows=67), mesh).num_elements == 67 * 6
+    assert Placement("x", Spec((128, 3)), mesh).num_elements == 384
+    assert Placement("x", Spec((7,)), mesh).num_elements == 7
+
+
+def test_a_spec_says_no_more_than_it_was_told():
+    spec = Spec((1,))
+    assert (spec.shards, spec.std, spec.fill, spec.expert, spec.tied, spec.decay, spec.rows) == (
+        (), None, 0.0, False, False, False, None,
+    )  # fmt: skip
+
+
+def test_declared_parameters_have_the_shape_of_the_shard_and_their_constant():
+    module = nn.Module()
+    mesh = abstract_mesh(tp=2, rank=1)
+    declare(module, mesh, torch.float64, one=Spec((3, 5), ((1, "tp"),), fill=1.0), zero=Spec((2,)))
+    assert torch.equal(module.one, torch.ones(3, 2, dtype=torch.float64)) and module.one.requires_grad
+    assert torch.equal(module.zero, torch.zeros(2, dtype=torch.float64))
+    outer = nn.Module()
+    outer.inner = module
+    assert list(placement_table(outer, mesh)) == ["inner.one", "inner.zero"]
+    table = placement_table(module, mesh)
+    assert list(table) == ["one", "zero"] and table["one"] == Placement("one", module.specs["one"], mesh)
+    module.register_parameter("forgotten", nn.Parameter(torch.zeros(1)))
+    with pytest.raises(AssertionError, match="parameters without a placement: .*forgotten"):
+        placement_table(module, mesh)
