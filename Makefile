@@ -10,11 +10,7 @@ JOBS   ?= 2
 OUT    ?= runs/gpu
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help install train test mutate lint format types emulate audit bench cluster wheel clean
-=======
-.PHONY: help install train test lint format types emulate audit bench gpu wheel clean
->>>>>>> ba525ec (bench: one command says what a GPU says)
+.PHONY: help install train test mutate lint format types emulate audit bench gpu cluster wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
