@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 VOCAB_MULTIPLE = 128  # GEMMs like whole tiles; fixed, so that a weight has one global shape on every topology
 
@@ -82,10 +83,10 @@ def split_layers(config: ModelConfig, num_ranks: int, stages_per_rank: int = 1) 
     if num_stages > config.n_layer:
         asked = f"--pp {num_ranks}" + (f" x --virtual_stages {stages_per_rank}" if stages_per_rank > 1 else "")
         raise ValueError(f"{asked} stages need at least as many layers, but --n_layer is {config.n_layer}")
-    costs = [config.layer_macs(layer) for layer in range(config.n_layer)]
+    up_to = list(accumulate((config.layer_macs(layer) for layer in range(config.n_layer)), initial=0))
 
     def stage_cost(first: int, stop: int) -> int:
-        return sum(costs[first:stop]) + (config.head_macs if stop == config.n_layer else 0)
+        return up_to[stop] - up_to[first] + (config.head_macs if stop == config.n_layer else 0)
 
     # best[s][n]: (cost of the costliest of s stages over the first n layers, where the last of them begins)
     best = [{0: (0, 0)}]

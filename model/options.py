@@ -18,10 +18,45 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal, NoReturn
 
 from heiretsu.model.config import PRESETS, ModelConfig, split_layers
+from heiretsu.model.memory import check_memory
 from heiretsu.parallel.schedules import SCHEDULES
 
 VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}
-_LONGEST_TIMEOUT_S = 7 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number of the command line may be. above, below: excluded; low, high: included. NaN and inf never are."""
+
+    words: str
+    low: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    high: float = math.inf
+
+    def hold(self, value: float) -> bool:
+        return math.isfinite(value) and self.above < value < self.below and self.low <= value <= self.high
+
+
+_COUNT = Bounds("at least 1, and below 2**63", low=1, below=2**63)
+_COUNT_OR_NONE = Bounds("at least 0, and below 2**63", low=0, below=2**63)
+_NOT_NEGATIVE = Bounds("a finite number of at least 0", low=0)
+
+# Every number that the parser takes: which it may be, whatever the others are.
+BOUNDS: dict[str, Bounds] = {
+    **dict.fromkeys("n_layer n_head n_embed block_size batch_size grad_accum_steps".split(), _COUNT),
+    **dict.fromkeys("dp ep pp tp virtual_stages top_k moe_freq num_train_chunks num_val_chunks".split(), _COUNT),
+    **dict.fromkeys("max_iters max_skips eval_iters keep loss_scale_window".split(), _COUNT),
+    **dict.fromkeys("num_experts warmup_iters eval_interval save_interval".split(), _COUNT_OR_NONE),
+    **dict.fromkeys("check_replicas sample_tokens".split(), _COUNT_OR_NONE),
+    **dict.fromkeys("weight_decay grad_clip min_lr aux_loss_coef".split(), _NOT_NEGATIVE),
+    "learning_rate": Bounds("a finite number above 0", above=0),
+    "loss_scale": Bounds("a finite number of at least 1", low=1),
+    "dropout": Bounds("in [0, 1)", low=0, below=1),
+    "betas": Bounds("both in [0, 1)", low=0, below=1),
+    "seed": Bounds("at least 0, and below 2**64", low=0, below=2**64),
+    "timeout": Bounds("above 0, and at most 604800 seconds, a week", above=0, high=604800),
+}
 
 
 @dataclass(frozen=True)
@@ -167,6 +202,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """Raise ValueError, in the words of the flags, for a combination that cannot run."""
     _check_ranges(config)
     check_model(config.model)
+    check_memory(config)
     _check_topology(config, world_size)
     if config.amp != "none" and config.dtype == "float64":
         raise ValueError(f"--amp {config.amp} lowers precision and --dtype float64 raises it: choose one of them")
@@ -192,39 +228,19 @@ def check(config: RunConfig, world_size: int) -> None:
         raise ValueError(f"--data_dir {config.data_dir}: there is no such directory (data/prepare.py makes one)")
 
 
-def _check_ranges(config: RunConfig) -> None:
-    at_least = {
-        1: "batch_size grad_accum_steps max_iters max_skips eval_iters dp ep pp tp virtual_stages keep "
-        "loss_scale_window".split(),
-        0: "eval_interval check_replicas warmup_iters weight_decay grad_clip save_interval sample_tokens".split(),
-    }
-    for low, names in at_least.items():
-        for name in names:
-            if getattr(config, name) < low:
-                raise ValueError(f"--{name} {getattr(config, name)} must be at least {low}")
-    for name in ("num_train_chunks", "num_val_chunks"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
-    if not 0 < config.timeout <= _LONGEST_TIMEOUT_S:
-        raise ValueError(f"--timeout {config.timeout} must be above 0, and at most {_LONGEST_TIMEOUT_S} seconds")
-    if config.loss_scale is not None and not 1 <= config.loss_scale < math.inf:
-        raise ValueError(f"--loss_scale {config.loss_scale} must be a number of at least 1")
-    if not config.learning_rate > 0:
-        raise ValueError(f"--learning_rate {config.learning_rate} must be above 0")
-    if not all(0 <= beta < 1 for beta in config.betas):
-        raise ValueError(f"--betas {config.betas[0]} {config.betas[1]} must both be in [0, 1)")
+def _check_ranges(record: RunConfig | ModelConfig) -> None:
+    for name in BOUNDS.keys() & record.__dataclass_fields__.keys():
+        given = getattr(record, name)
+        for value in given if isinstance(given, tuple) else [given]:
+            if value is not None and not BOUNDS[name].hold(value):
+                shown = " ".join(map(str, given)) if isinstance(given, tuple) else given
+                raise ValueError(f"--{name} {shown} must be {BOUNDS[name].words}")
 
 
 def check_model(model: ModelConfig) -> None:
-    for name in ("n_layer", "n_head", "n_embed", "block_size"):
-        if getattr(model, name) < 1:
-            raise ValueError(f"--{name} {getattr(model, name)} must be at least 1")
+    _check_ranges(model)
     if model.n_embed % model.n_head:
         raise ValueError(f"--n_head {model.n_head} does not divide --n_embed {model.n_embed}: heads have equal sizes")
-    if not 0 <= model.dropout < 1:
-        raise ValueError(f"--dropout {model.dropout} must be in [0, 1)")
-    if model.num_experts < 0:
-        raise ValueError(f"--num_experts {model.num_experts} must be at least 0")
     if model.num_experts:
         if not 1 <= model.top_k <= model.num_experts:
             raise ValueError(f"--top_k {model.top_k} must be in 1..{model.num_experts}, the number of --num_experts")

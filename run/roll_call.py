@@ -61,20 +61,36 @@ def assemble(
     disagreement: says of all ranks' facts, by rank, how they differ; "" if they do not. Raises ValueError if rank 0 or
     the store does not answer within timeout seconds.
     """
-    deadline = time.monotonic() + timeout
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))[0]
-        if rank == 0:
-            assembly = _call(store, world_size, deadline, timeout, mine, disagreement)
-        else:
-            assembly = _answer(store, rank, deadline, timeout, mine)
     except dist.DistError as error:
         raise ValueError(
-            f"rank {rank} on {socket.gethostname()} did not find rank 0 by the store at {where} within {timeout:.0f} s "
+            f"rank {rank} on {socket.gethostname()} did not find the store at {where} within {timeout:.0f} s "
             f"(--timeout): {str(error).splitlines()[0]}"
         ) from error
+    assembly = roll_call_over(store, rank, world_size, timeout, mine, disagreement)
     return assembly, dist.PrefixStore(assembly.token, store)
+
+
+def roll_call_over(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    timeout: float,
+    mine: Report,
+    disagreement: Callable[[Sequence[dict]], str],
+) -> Assembly:
+    """The roll call of ranks that share this store."""
+    deadline = time.monotonic() + timeout
+    if rank == 0:
+        return _call(store, world_size, deadline, timeout, mine, disagreement)
+    try:
+        return _answer(store, rank, deadline, timeout, mine)
+    except (dist.DistError, RuntimeError) as error:  # HashStore and FileStore raise the latter for a time-out
+        raise ValueError(
+            f"rank {rank} on {socket.gethostname()} did not find rank 0 within {timeout:.0f} s (--timeout)"
+        ) from error
 
 
 def _call(store, world_size, deadline, timeout, mine, disagreement) -> Assembly:

@@ -1,8 +1,8 @@
 """train.py with a fault planted: python tests/faults/planted.py FAULT FLAGS OF TRAIN.PY...
 
-FAULT is a word of FAULTS, the rank it is for, the step (counted from 1) in which it happens, and what else it needs:
-"raise:1:3". It happens in the forward of that step, so that the others are in the middle of theirs, and only in the
-first of the runs that torchrun starts.
+FAULT is a word of FAULTS, the rank it is for ("all": each), the step (counted from 1) in which it happens, and what
+else it needs: "raise:1:3". It happens in the forward of that step, so that the others are in the middle of theirs, and
+only in the first of the runs that torchrun starts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from heiretsu.parallel import pipeline
 from heiretsu.parallel.data import GradientAverager
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh
+from heiretsu.parallel.profiling import region
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 
@@ -68,11 +69,14 @@ def wait_in_destroy(mesh, step):
     raise_(mesh, step)
 
 
-def other_collective(mesh, step):
-    """One rank asks for a collective that the others know nothing of."""
-    from heiretsu.parallel.collectives import all_reduce
+def lone_receive(mesh, step):
+    """One rank waits for a message that nobody sends."""
 
-    in_forward(mesh, step, lambda: all_reduce(torch.ones(1), mesh.world))
+    def happen():
+        with region("receive that nobody sends", waits=True):
+            dist.recv(torch.ones(1), 1 - mesh.rank, tag=7)
+
+    in_forward(mesh, step, happen)
 
 
 def slow(mesh, step):
@@ -149,13 +153,18 @@ def late(mesh, step, seconds):
     time.sleep(float(seconds))
 
 
+def none(mesh, step):
+    """The run as it is."""
+
+
 FAULTS = {
+    "none": none,
     "kill": kill,
     "freeze": freeze,
     "spin": spin,
     "raise": raise_,
     "wait-in-destroy": wait_in_destroy,
-    "other-collective": other_collective,
+    "lone-receive": lone_receive,
     "slow": slow,
     "gradient": gradient,
     "nan-loss": nan_loss,
@@ -171,7 +180,7 @@ BEFORE_A_MESH = ("other-flags", "other-data", "other-code", "late")
 def main() -> None:
     name, rank, step, *rest = sys.argv.pop(1).split(":")
     sys.argv[0] = str(TRAIN)
-    if rank == os.environ.get("RANK", "0") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if rank in ("all", os.environ.get("RANK", "0")) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         if name in BEFORE_A_MESH:
             FAULTS[name](None, int(step), *rest)
         else:
