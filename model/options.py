@@ -26,7 +26,8 @@ VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number of the command line may be. above, below: excluded; low, high: included. NaN and inf never are."""
+    """What a number of the command line must be, in words too. above, below: excluded; low, high: included. NaN and inf
+    never hold."""
 
     words: str
     low: float = -math.inf
@@ -38,24 +39,24 @@ class Bounds:
         return math.isfinite(value) and self.above < value < self.below and self.low <= value <= self.high
 
 
-_COUNT = Bounds("at least 1, and below 2**63", low=1, below=2**63)
-_COUNT_OR_NONE = Bounds("at least 0, and below 2**63", low=0, below=2**63)
-_NOT_NEGATIVE = Bounds("a finite number of at least 0", low=0)
+_COUNT = Bounds("be at least 1, and below 2**63", low=1, below=2**63)
+_COUNT_OR_NONE = Bounds("be at least 0, and below 2**63", low=0, below=2**63)
+_NOT_NEGATIVE = Bounds("be at least 0, and finite", low=0)
 
 # Every number that the parser takes: which it may be, whatever the others are.
 BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys("n_layer n_head n_embed block_size batch_size grad_accum_steps".split(), _COUNT),
-    **dict.fromkeys("dp ep pp tp virtual_stages top_k moe_freq num_train_chunks num_val_chunks".split(), _COUNT),
+    **dict.fromkeys("dp ep pp tp virtual_stages num_train_chunks num_val_chunks".split(), _COUNT),
     **dict.fromkeys("max_iters max_skips eval_iters keep loss_scale_window".split(), _COUNT),
-    **dict.fromkeys("num_experts warmup_iters eval_interval save_interval".split(), _COUNT_OR_NONE),
+    **dict.fromkeys("num_experts top_k moe_freq warmup_iters eval_interval save_interval".split(), _COUNT_OR_NONE),
     **dict.fromkeys("check_replicas sample_tokens".split(), _COUNT_OR_NONE),
     **dict.fromkeys("weight_decay grad_clip min_lr aux_loss_coef".split(), _NOT_NEGATIVE),
-    "learning_rate": Bounds("a finite number above 0", above=0),
-    "loss_scale": Bounds("a finite number of at least 1", low=1),
-    "dropout": Bounds("in [0, 1)", low=0, below=1),
-    "betas": Bounds("both in [0, 1)", low=0, below=1),
-    "seed": Bounds("at least 0, and below 2**64", low=0, below=2**64),
-    "timeout": Bounds("above 0, and at most 604800 seconds, a week", above=0, high=604800),
+    "learning_rate": Bounds("be above 0, and finite", above=0),
+    "loss_scale": Bounds("be a number of at least 1, and finite", low=1),
+    "dropout": Bounds("be in [0, 1)", low=0, below=1),
+    "betas": Bounds("both be in [0, 1)", low=0, below=1),
+    "seed": Bounds("be at least 0, and below 2**64", low=0, below=2**64),
+    "timeout": Bounds("be above 0, and at most 604800 seconds, a week", above=0, high=604800),
 }
 
 
@@ -229,12 +230,12 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def _check_ranges(record: RunConfig | ModelConfig) -> None:
-    for name in BOUNDS.keys() & record.__dataclass_fields__.keys():
-        given = getattr(record, name)
+    for name, bounds in BOUNDS.items():
+        given = getattr(record, name, None)
         for value in given if isinstance(given, tuple) else [given]:
-            if value is not None and not BOUNDS[name].hold(value):
+            if value is not None and not bounds.hold(value):
                 shown = " ".join(map(str, given)) if isinstance(given, tuple) else given
-                raise ValueError(f"--{name} {shown} must be {BOUNDS[name].words}")
+                raise ValueError(f"--{name} {shown} must {bounds.words}")
 
 
 def check_model(model: ModelConfig) -> None:

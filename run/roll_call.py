@@ -61,12 +61,17 @@ def assemble(
     disagreement: says of all ranks' facts, by rank, how they differ; "" if they do not. Raises ValueError if rank 0 or
     the store does not answer within timeout seconds.
     """
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not address or not port:
+        raise ValueError(f"{world_size} ranks meet at MASTER_ADDR and MASTER_PORT, which are not set: use torchrun")
+    # As torch's own rendezvous does it, but rank 0 does not wait here for the others: who is late is to be named.
+    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = timedelta(seconds=timeout)
     try:
-        store = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))[0]
+        store = dist.TCPStore(address, int(port), None, is_host, limit, wait_for_workers=False, multi_tenant=is_host)
     except dist.DistError as error:
         raise ValueError(
-            f"rank {rank} on {socket.gethostname()} did not find the store at {where} within {timeout:.0f} s "
+            f"rank {rank} on {socket.gethostname()} did not find the store at {address}:{port} within {timeout:.0f} s "
             f"(--timeout): {str(error).splitlines()[0]}"
         ) from error
     assembly = roll_call_over(store, rank, world_size, timeout, mine, disagreement)

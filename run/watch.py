@@ -154,7 +154,7 @@ class Watch:
     def _look_at_the_clock(self, now: float) -> None:
         """Has this rank waited for too long? Rank 0 judges; where it does not answer, that is the verdict."""
         if self._asked:
-            if now > self._verdict_due:
+            if now > self._verdict_due or any(now - peer.heard > SILENT_S for peer in self._connected()):
                 self._end(self._who_is_stuck(), 0.0)
         elif ACTIVITY.waiting_s() >= self.timeout:
             self._asked, self._verdict_due = True, now + GRACE_S
@@ -168,7 +168,9 @@ class Watch:
         now = time.monotonic()
         silent = [peer for peer in self._connected() if now - peer.heard > SILENT_S]
         if silent:
-            said = [f"{_named(p)} has not been heard of for {now - p.heard:.0f} s, last in {p.doing}" for p in silent]
+            said = [
+                f"{_named(p)} has not been heard of for {now - p.heard:.0f} s, last heard in {p.doing}" for p in silent
+            ]
             return "; ".join(said)
         me = Peer(self.rank, self.host, None, now, now, ACTIVITY.last_place(), ACTIVITY.waiting_s() > 0)
         everyone = sorted([me, *self._connected()], key=lambda peer: peer.rank)

@@ -83,21 +83,21 @@ def slow(mesh, step):
     real = pipeline._InFlight.forward
 
     def forward(flight, stage, batch):
-        time.sleep(0.1)
+        time.sleep(0.5)  # far from what other processes on the machine may cost a step
         return real(flight, stage, batch)
 
     pipeline._InFlight.forward = forward
 
 
 def gradient(mesh, step, value, last="0"):
-    """One element of this rank's own gradient, before the averaging, in the steps from `step` to `last`."""
+    """One element of the averaged gradient, on this rank alone, in the steps from `step` to `last`."""
     real, steps = GradientAverager.finish, []
 
     def finish(averager):
+        real(averager)
         steps.append(1)
         if step <= len(steps) <= max(step, int(last)):
             list(averager.params.values())[-1].grad.flatten()[0] = float(value)
-        real(averager)
 
     GradientAverager.finish = finish
 

@@ -38,9 +38,9 @@ def skipping_on(mesh, sizes):
         spoil = mesh.rank == 1 and where in engine.params
 
         def finish(spoil=spoil, where=where, value=value):
+            real()  # before: a bucket may be under way already
             if spoil:
                 engine.params[where].grad.flatten()[0] = value
-            real()
 
         if "activations" in name and spoil:
             engine.params[where].data.fill_(value)
@@ -61,8 +61,8 @@ def test_bad_numbers_of_one_rank_skip_the_step_on_all(ranks, record_property, si
     record_property("outcome", "; ".join(f"{name}: skipped by all: {said}" for name, (_, _, said) in one.items()))
     for name in SPOILED:
         assert zero[name] == one[name] and one[name][:2] == (True, True), (name, zero, one)
-    seen = "0, 1" if "dp" in sizes else "1"
-    assert one["NaN in the gradient"][2] == f"the gradient of ln_f.bias was not finite (rank {seen})"
+    for name in ("NaN in the gradient", "inf in the gradient"):
+        assert one[name][2] == "the gradient of ln_f.bias was not finite (rank 1)"
     assert "nor the loss (rank 1)" in one["NaN in the activations"][2]
 
 
@@ -74,7 +74,7 @@ def test_a_skip_is_logged_and_training_goes_on(tmp_path, record_property):
     statuses, said = run_to_the_end(flags, 2, tmp_path, "gradient:1:2:nan")
     record_property("outcome", last_line(said, "skipped"))
     assert statuses == [0, 0] and [record["skipped"] for record in records(log)] == [False, True, False, False]
-    assert "skipped: the gradient of ln_f.bias was not finite (rank 0, 1)" in said
+    assert "skipped: the gradient of ln_f.bias was not finite (rank 1)" in said
 
 
 @pytest.mark.full

@@ -98,14 +98,14 @@ def test_an_exception_is_shown_at_once_and_ends_the_others(tmp_path, record_prop
 @pytest.mark.full
 def test_a_rank_that_never_comes_is_named(tmp_path, record_property):
     record_property("fault", "rank 1 does not start, --timeout 5")
-    statuses, said = run_to_the_end([*TINY, "--dp", "2", "--timeout", "5"], 2, tmp_path, "late:1:0:30")
+    statuses, said = run_to_the_end([*TINY, "--dp", "2", "--timeout", "5"], 2, tmp_path, "late:1:0:12")
     record_property("outcome", last_line(said, "did not come"))
     assert statuses[0] == 2 and "rank 1 did not come within 5 s (--timeout)" in said, said
 
 
 @pytest.mark.full
 def test_a_slow_rank_is_in_the_log_and_named(tmp_path, record_property):
-    record_property("fault", "rank 1 takes 0.1 s longer for each forward, dp 2")
+    record_property("fault", "rank 1 takes 0.5 s longer for each forward, dp 2")
     log = tmp_path / "log.jsonl"
     statuses, said = run_to_the_end(
         [*TINY, "--dp", "2", "--max_iters", "14", "--log_file", str(log)], 2, tmp_path, "slow:1:1"

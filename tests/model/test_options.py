@@ -7,9 +7,13 @@ import re
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from heiretsu.model import options
+from heiretsu.model.gpt import GPT, build_stages
+from heiretsu.model.memory import bytes_of_a_rank
 from heiretsu.model.options import RunConfig, parse_args, refuse
+from heiretsu.parallel.mesh import abstract_mesh
 
 DEFAULTS = {
     "preset": "tiny",
@@ -185,6 +189,7 @@ AT_LEAST_1 = (
 AT_LEAST_0 = (
     "eval_interval check_replicas warmup_iters weight_decay grad_clip save_interval sample_tokens num_experts".split()
 )
+NOT_NEGATIVE = ("weight_decay", "grad_clip", "min_lr", "aux_loss_coef")
 EDGES = [  # what is needed beside it, the last that is taken, the first that is refused, what is said of it
     *(("", f"--{name} 1", f"--{name} 0", f"--{name} 0 must be at least 1") for name in AT_LEAST_1),
     *(("", f"--{name} 0", f"--{name} -1", rf"--{name} -1(\.0)? must be at least 0") for name in AT_LEAST_0),
@@ -194,6 +199,23 @@ EDGES = [  # what is needed beside it, the last that is taken, the first that is
     ("", "--timeout 1", "--timeout nan", "--timeout nan must be above 0"),
     ("", "--loss_scale 1", "--loss_scale 0.99", "--loss_scale 0.99 must be a number of at least 1"),
     ("", "--loss_scale 1e38", "--loss_scale inf", "--loss_scale inf must be a number of at least 1"),
+    *(("", f"--{n} 1e-30", f"--{n} nan", f"--{n} nan must be at least 0, and finite") for n in NOT_NEGATIVE),
+    *(
+        ("--learning_rate 2", f"--{n} 1", f"--{n} inf", f"--{n} inf must be at least 0, and finite")
+        for n in NOT_NEGATIVE
+    ),
+    *(("", f"--{n} 0", f"--{n} -0.001", f"--{n} -0.001 must be at least 0, and finite") for n in NOT_NEGATIVE),
+    ("", "--learning_rate 1e30", "--learning_rate inf", "--learning_rate inf must be above 0, and finite"),
+    ("", "--learning_rate 1", "--learning_rate nan", "--learning_rate nan must be above 0, and finite"),
+    ("", "--dropout 0", "--dropout nan", r"--dropout nan must be in \[0, 1\)"),
+    ("", f"--seed {2**64 - 1}", f"--seed {2**64}", rf"--seed {2**64} must be at least 0, and below 2\*\*64"),
+    ("", "--seed 0", "--seed -1", "--seed -1 must be at least 0"),
+    (
+        "",
+        f"--max_iters {2**63 - 1}",
+        f"--max_iters {2**63}",
+        rf"--max_iters {2**63} must be at least 1, and below 2\*\*63",
+    ),
     ("", "--learning_rate 1e-30", "--learning_rate 0", "--learning_rate 0.0 must be above 0"),
     ("", "--betas 0 0", "--betas -0.1 0", r"--betas -0.1 0.0 must both be in \[0, 1\)"),
     ("", "--betas 0.99 0.999", "--betas 0.99 1", r"--betas 0.99 1.0 must both be in \[0, 1\)"),
@@ -350,3 +372,44 @@ def test_every_flag_is_in_one_of_these_tables():
     flags = {action.dest for action in options._parser()._actions if not isinstance(action, argparse._HelpAction)}
     assert flags - set(DEFAULTS) - set(MODEL_DEFAULTS) == set()
     assert flags - set(GIVEN) - set(MODEL_GIVEN) - set(SWITCHES) == {"autotune", "dtype"}
+
+
+def test_every_number_has_its_bounds():
+    numbers = {action.dest for action in options._parser()._actions if action.type in (int, float)}
+    assert len(numbers) > 30 and numbers == set(options.BOUNDS)
+
+
+FAR_TOO_LARGE = (
+    "--batch_size 1000000000000",
+    "--n_layer 10000000",
+    "--n_embed 10000000 --n_head 2",
+    "--block_size 100000000",
+    "--num_experts 1000000000",
+    "--grad_accum_steps 10000000000",
+)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+@pytest.mark.parametrize("flags", FAR_TOO_LARGE)
+def test_what_fits_no_memory_is_refused_at_once_by_its_bytes(capsys, flags, device):
+    with pytest.raises(SystemExit) as stop:
+        parse_args([*flags.split(), "--device", device], world_size=1)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert flags.split(" --n_head")[0] in said and re.search(r"need \S+ [TPE]iB a rank \(parameters ", said), said
+
+
+def test_bytes_of_a_rank_are_those_of_its_tensors():
+    """The rank with the most of them, on a mesh that splits everything."""
+    flags = "--preset gpt2 --tokenizer gpt2 --num_experts 8 --moe_freq 2 --amp bf16 --fused"
+    alone = bytes_of_a_rank(parse_args(flags.split(), world_size=1))
+    mesh = abstract_mesh(device="meta")
+    whole = sum(p.numel() for p in GPT(parse_args(flags.split(), world_size=1).model, mesh, ops=None).parameters())
+    assert alone.parameters == pytest.approx(4 * whole, rel=0.001)
+    assert (alone.gradients, alone.moments) == (alone.parameters, 2 * alone.parameters)
+    assert alone.tokens == pytest.approx(16 * 16 * 1024, rel=0.01)
+    split = bytes_of_a_rank(parse_args(f"{flags} --ep 2 --pp 2 --tp 2 --n_head 12".split(), world_size=8))
+    mesh = abstract_mesh(1, 2, 2, 2, rank=0, device="meta")
+    stages = build_stages(parse_args(flags.split(), world_size=1).model, mesh, None, torch.float32, None, 0, 1)
+    mine = sum(p.numel() for stage in stages for p in stage.parameters())
+    assert split.parameters == pytest.approx(4 * mine, rel=0.2)  # the last stage has fewer layers, for its head
