@@ -57,14 +57,11 @@ class Reach:
     def __init__(self, sources: dict[str, str], measured: Iterable[dict]):
         """sources: {file: text} now. measured: what `measure` gave, with the "sources" of then."""
         self.bodies = {file: _body_lines(text) for file, text in sources.items()}
-        self.old: dict[str, set[int]] = defaultdict(set)  # by file, lines of now that were there then
         self.by_line: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         self.importers: dict[str, set[str]] = defaultdict(set)  # by file, the tests of files that import it
         self.seconds: dict[str, float] = {}
         for module in measured:
             moved = {file: _moved(text, sources[file]) for file, text in module["sources"].items() if file in sources}
-            for file, lines in moved.items():
-                self.old[file].update(lines.values())
             every = list(module["tests"])
             self._add(every, module["shared"], moved)
             for file in module["shared"]:
@@ -89,9 +86,8 @@ class Reach:
         here = set(edit.lines) & bodies
         if here:
             found = _union(lines, here)
-            if not found and not here & self.old[edit.file]:  # new since it was measured
-                found = _union(lines, edit.scope or bodies)
-            return found, set()
+            # A line may be new since it was measured, or one that only torch.compile reads.
+            return found, set() if found else _union(lines, edit.scope or bodies)
         inside = _union(lines, bodies & set(edit.scope) if edit.scope else bodies)
         return inside, self.importers[edit.file] - inside
 

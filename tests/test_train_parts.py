@@ -1,0 +1,176 @@
+"""The parts of train.py that a run of the command shows only in part: devices, the header, the sample, evaluation."""
+
+import math
+import types
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import train as train_script
+from heiretsu.data.batches import TokenDataset
+from heiretsu.kernels import plain
+from heiretsu.model.build import build_engine, count_parameters
+from heiretsu.model.options import parse_args
+from heiretsu.parallel.mesh import abstract_mesh
+from tests.training import MIXTURE, dataset, run_config
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs, as far as a machine without one can pretend; returns the device that was set."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+@pytest.mark.parametrize("local_rank, index", [(None, 0), ("0", 0), ("1", 1)])
+def test_each_rank_of_a_machine_has_its_own_gpu(gpus, monkeypatch, local_rank, index):
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert train_script.find_device(parse_args(["--amp", "bf16"])) == torch.device("cuda", index)
+    assert gpus == [index]
+
+
+def test_a_rank_without_a_gpu_is_refused(gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="local rank 2 has no GPU: this machine has 2, and each rank needs its own"):
+        train_script.find_device(parse_args([]))
+    assert gpus == []
+
+
+def test_what_a_device_cannot_do_is_refused(gpus, monkeypatch):
+    config = parse_args(["--amp", "bf16"])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(ValueError, match="--amp bf16 needs a GPU of compute capability 8.0 or later: use --amp fp16"):
+        train_script.find_device(config)
+    assert train_script.find_device(replace(config, amp="fp16")).type == "cuda"
+    assert train_script.find_device(replace(config, amp="none", autotune=True)).type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert train_script.find_device(config) == torch.device("cpu")
+    with pytest.raises(ValueError, match="--amp fp16 needs a GPU, and this run is on the cpu: use --amp bf16"):
+        train_script.find_device(replace(config, amp="fp16"))
+    with pytest.raises(ValueError, match="--autotune measures Triton kernels and needs a GPU, and this run is on the"):
+        train_script.find_device(replace(config, amp="none", autotune=True))
+
+
+def header(*flags, **mesh):
+    config = parse_args(list(flags), world_size=math.prod(mesh.values()))
+    said = train_script.describe(config, abstract_mesh(**mesh), types.SimpleNamespace(num_tokens=1234567), "plain ops")
+    first, *rest = said.split("\n")
+    assert first == f"config: {config.to_json()}"
+    return rest, count_parameters(config.model)
+
+
+def test_the_header_of_a_dense_model_on_one_process_to_the_letter():
+    lines, count = header("--batch_size", "8", "--grad_accum_steps", "3", "--max_iters", "77")
+    assert lines == [
+        f"model: {count:,} parameters, 4 layers, 4 heads, 128 wide, vocabulary 257, block 128",
+        "mesh: dp 1 x ep 1 x pp 1 x tp 1 on cpu",
+        "kernels: plain ops; activations float32",
+        "data: embedded corpus, 1,234,567 training tokens (bytes)",
+        "batch: 24 sequences, 3,072 tokens; 77 steps",
+    ]
+
+
+def test_the_header_of_a_mixture_on_a_mesh_to_the_letter():
+    flags = (
+        "--num_experts 4 --top_k 1 --moe_freq 2 --ep 2 --pp 2 --schedule interleaved --grad_accum_steps 6 --amp bf16"
+    )
+    lines, count = header(*flags.split(), "--compile", "--data_dir", ".", "--tokenizer", "gpt2", ep=2, pp=2)
+    assert lines == [
+        f"model: {count:,} parameters, 4 layers, 4 heads, 128 wide, vocabulary 50257, block 128, 4 experts, top 1, "
+        "every 2 layers",
+        "mesh: dp 1 x ep 2 x pp 2 x tp 1 on cpu, interleaved over 6 microbatches, 2 stages a rank",
+        "kernels: plain ops; activations bf16, compiled",
+        "data: ., 1,234,567 training tokens (gpt2)",
+        "batch: 192 sequences, 24,576 tokens; 1000 steps",
+    ]
+
+
+def test_a_pipeline_of_one_stage_a_rank_names_its_schedule():
+    lines, _ = header("--pp", "2", "--dtype", "float64", pp=2)
+    assert lines[1:3] == [
+        "mesh: dp 1 x ep 1 x pp 2 x tp 1 on cpu, 1f1b over 1 microbatches",
+        "kernels: plain ops; activations float64",
+    ]
+
+
+def test_there_is_a_tokenizer_for_a_sample_that_is_wanted_and_can_be_made(capsys):
+    alone = abstract_mesh()
+    assert train_script.find_tokenizer(parse_args([]), alone).name == "bytes"
+    assert train_script.find_tokenizer(parse_args(["--sample_tokens", "0"]), alone) is None
+    assert train_script.find_tokenizer(parse_args(["--dp", "2"], world_size=2), abstract_mesh(dp=2)) is None
+    assert capsys.readouterr().out == ""
+    config = parse_args(["--tokenizer", "gpt2", "--vocab_dir", "nowhere"])
+    assert train_script.find_tokenizer(config, alone) is None
+    said = capsys.readouterr().out
+    assert said.startswith("there will be no sample at the end: --vocab_dir nowhere: cannot read ")
+
+
+def test_the_sample_is_what_generate_gives_after_an_end_of_text(monkeypatch):
+    config = parse_args("--n_layer 1 --n_head 1 --n_embed 8 --block_size 8 --sample_tokens 5 --seed 3".split())
+    engine = build_engine(config, abstract_mesh(), plain)
+    asked = []
+
+    def generate(*arguments, **options):
+        asked.append((arguments, options))
+        yield from b"abc"
+
+    monkeypatch.setattr(train_script, "generate", generate)
+    tokenizer = train_script.find_tokenizer(config, abstract_mesh())
+    assert train_script.sample(config, engine, tokenizer) == "--- sample ---\nabc\n---"
+    assert asked == [((engine.stages[0], [256], 5), {"temperature": 0.9, "seed": 3})]
+
+
+class Watched:
+    """A dataset that notes which samples are read."""
+
+    bytes_per_token = None
+
+    def __init__(self, data):
+        self.data, self.read = data, []
+
+    def batch(self, step, indices):
+        self.read.append((step, list(indices)))
+        return self.data.batch(step, indices)
+
+    def eval_batch(self, indices):
+        self.read.append(("evaluation", list(indices)))
+        return self.data.eval_batch(indices)
+
+
+def test_each_replica_reads_its_own_part_of_a_global_batch():
+    config = run_config(MIXTURE, global_batch=24, microbatches=2, dp=2, ep=2)  # 3 sequences a microbatch
+    reads = []
+    for rank in range(4):
+        data = Watched(dataset(67, 8))
+        mesh = abstract_mesh(dp=2, ep=2, rank=rank)
+        batches = train_script.read_batches(config, mesh, data, 7)
+        assert [(batch.first_sample, batch.step) for batch in batches] == [(6 * rank, 7), (6 * rank + 3, 7)]
+        reads += data.read
+    assert reads == [(7, list(range(start, start + 3))) for start in range(0, 24, 3)]
+
+
+def test_an_evaluation_is_the_mean_over_the_first_global_batches():
+    """And its bits are counted for a byte of text."""
+    config = replace(run_config(MIXTURE, global_batch=24, microbatches=2, dp=2, ep=2), eval_iters=3)
+    reads = []
+    for rank in range(4):
+        data, losses = Watched(dataset(67, 8)), iter([1.0, 2.0, 6.0])
+        engine = types.SimpleNamespace(evaluate=lambda batches, losses=losses: next(losses))
+        mesh = abstract_mesh(dp=2, ep=2, rank=rank)
+        assert train_script.evaluate(config, mesh, engine, data) == {"eval_loss": 3.0}
+        reads += data.read
+    assert sorted(sum((indices for _, indices in reads), [])) == list(range(72))
+    data = TokenDataset([np.zeros(100, dtype=np.uint16)], 8, 0, 67, bytes_per_token=4.0)
+    engine = types.SimpleNamespace(evaluate=lambda batches: 8 * math.log(2))
+    alone = replace(config, dp=1, ep=1)
+    found = train_script.evaluate(alone, abstract_mesh(), engine, data)
+    assert found == {"eval_loss": pytest.approx(8 * math.log(2)), "eval_bits_per_byte": pytest.approx(2.0)}
