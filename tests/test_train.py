@@ -152,6 +152,8 @@ REFUSED = {
     "data_dir": ("--data_dir /nowhere", "/nowhere"),
     "nothing to resume": ("--resume auto", "--checkpoint_dir"),
     "save interval": ("--save_interval -1", "--save_interval -1 must be at least 0"),
+    "loss scale": ("--loss_scale 0.5", "--loss_scale 0.5 must be a number of at least 1"),
+    "loss scale's window": ("--loss_scale_window 0", "--loss_scale_window 0 must be at least 1"),
     "learning rates": ("--learning_rate 1e-4 --min_lr 1e-3", "--min_lr 0.001 is above --learning_rate 0.0001"),
     "dropout": ("--dropout 1", "--dropout 1.0 must be in [0, 1)"),
     "betas": ("--betas 0.9 1", "--betas 0.9 1.0"),
