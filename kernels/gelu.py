@@ -36,6 +36,6 @@ def gelu_and_derivative(u):
     v = tl.minimum(low, _EDGE, propagate_nan=tl.PropagateNan.ALL)
     square = v * v
     e = tl.exp2(v * (-_LOG2_E * _LINEAR - _LOG2_E * _CUBIC * square))
-    root = tl.rsqrt(1.0 + e)  # its square takes 4 instructions fewer than a division: 2.36 against 2.10 on H100
+    root = tl.rsqrt(1.0 + e)  # its square takes 4 instructions fewer than a division
     s = root * root
     return low * s, s * (1.0 + v * (_LINEAR + 3.0 * _CUBIC * square) * (e * s))

@@ -145,7 +145,7 @@ def _count_kernel(
 ):
     _, one_hot = _one_hot(experts_ptr, num_slots, num_experts, E_PAD, BLOCK)
     e = tl.arange(0, E_PAD)
-    tl.store(counts_ptr + e * num_blocks + tl.program_id(0), tl.sum(one_hot, 0), mask=e <= num_experts)
+    tl.store(counts_ptr + e.to(tl.int64) * num_blocks + tl.program_id(0), tl.sum(one_hot, 0), mask=e <= num_experts)
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def _place_kernel(
     block = tl.program_id(0)
     slots, one_hot = _one_hot(experts_ptr, num_slots, num_experts, E_PAD, BLOCK)
     e = tl.arange(0, E_PAD)
-    at = e * num_blocks + block
+    at = e.to(tl.int64) * num_blocks + block
     start = tl.load(ends_ptr + at, mask=e <= num_experts, other=0)
     start -= tl.load(counts_ptr + at, mask=e <= num_experts, other=0)
     rank = tl.cumsum(one_hot, 0) - 1

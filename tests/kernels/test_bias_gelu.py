@@ -40,6 +40,32 @@ def test_gradients_are_those_of_finite_differences(form):
 
 
 @each_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_far_away_the_derivative_is_0_or_1(form, dtype):
+    op, device = function(form)
+    if device == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 runs in the interpreter alone")
+    far = torch.tensor([40.0, 1e3, 1e6, 1e12, 1e15, 1e18])
+    x = torch.cat([-far, far]).to(device, dtype).requires_grad_()
+    out = op(x, torch.zeros_like(x.detach()))
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    below, above = dx.tolist()[:6], dx.tolist()[6:]
+    assert all(abs(slope) < 1e-30 for slope in below) and above == [1.0] * 6
+    assert (out[:6].abs() < 1e-30).all() and torch.equal(out[6:], x[6:])
+
+
+@each_form
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(form, bad):
+    op, device = function(form)
+    x = torch.tensor([1.0, bad], device=device, requires_grad=True)
+    out = op(x, torch.zeros(2, device=device))
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    assert out[0].isfinite() and dx[0].isfinite() and not out[1].isfinite()
+    assert dx[1].isnan() if bad != bad else not dx[1] < 1.0  # plain has NaN at infinity, and 1 would be right
+
+
+@each_form
 def test_a_second_derivative_is_an_error(form):
     op, device = function(form)
     x, bias = inputs(device, 2, 3, dtype=torch.float32)

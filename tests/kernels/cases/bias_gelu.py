@@ -37,6 +37,15 @@ def _saturated(generator, dtype):
     return {"x": x.requires_grad_(), "bias": torch.randn(50, generator=generator).to(dtype).requires_grad_()}
 
 
+def _far_away(generator, dtype):
+    """Numbers whose third power overflows, too, beside others of the usual size."""
+    x = torch.randn(24, 40, generator=generator)
+    largest = min(1e18, torch.finfo(dtype).max / 4)
+    for row, size in enumerate((30.0, 1e3, largest**0.5, largest**0.7, largest)):
+        x[row, ::2] = size * x[row, ::2].sign()
+    return {"x": x.to(dtype).requires_grad_(), "bias": torch.zeros(40, dtype=dtype).requires_grad_()}
+
+
 def _expanded(generator, dtype):
     x = torch.randn(1, 33, generator=generator).to(dtype).expand(11, 33)
     return {"x": x, "bias": torch.randn(33, generator=generator).to(dtype).requires_grad_()}
@@ -49,6 +58,7 @@ CASES = [
     Case("bias_gelu", "short tails", "15 rows and 63 columns end one before", _inputs(15, 63), emulate=True),
     Case("bias_gelu", "float32 bias", "the parameter of mixed precision", _inputs(37, 48, bias_dtype=torch.float32)),
     Case("bias_gelu", "saturated", "sigmoid is 0 or 1, and exp2 overflows, for half of the elements", _saturated),
+    Case("bias_gelu", "far away", "up to 1e18, where the derivative is 0 or 1 and the cube overflows", _far_away),
     Case("bias_gelu", "rows apart", "a slice of a larger tensor, and a strided bias", _view),
     Case("bias_gelu", "transposed", "columns that are not contiguous", _transposed),
     Case("bias_gelu", "expanded", "all rows are one row in memory", _expanded),
@@ -76,7 +86,8 @@ MUTATIONS = [
         "gelu.py",
     ),
     Mutation("derivative of the cubic term", "3.0 * _CUBIC * square", "_CUBIC * square", "whole tiles", "gelu.py"),
-    Mutation("derivative overflows", "* square), 100.0)", "* square), 1000.0)", "saturated", "gelu.py"),
+    Mutation("derivative overflows below", "tl.maximum(u, -_EDGE", "tl.maximum(u, -1e38", "saturated", "gelu.py"),
+    Mutation("derivative overflows above", "tl.minimum(low, _EDGE", "tl.minimum(low, 1e38", "far away", "gelu.py"),
     Mutation("dbias of the last tile alone", _STORED, "total = dx", "tails", "bias_gelu.py"),
     Mutation(
         "dbias race: all blocks write one row",
