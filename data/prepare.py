@@ -9,6 +9,7 @@ is no DIR.
 """
 
 import argparse
+import codecs
 import functools
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ try:
     from heiretsu.data.folder import META, read_meta, shard_name, write_meta
     from heiretsu.data.shards import ShardWriter
     from heiretsu.data.terminal import escape_what_cannot_be_printed
-    from heiretsu.data.tokenizer import TOKENIZERS, load_tokenizer
+    from heiretsu.data.tokenizer import TOKENIZERS, encode, load_tokenizer
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "heiretsu":
         raise
@@ -213,10 +215,12 @@ def _encode(piece: Piece, tokenizer: str, vocab_dir: str | None, separator: str 
     with open(piece.path, "rb") as file:
         file.seek(piece.start)
         content = file.read(piece.end - piece.start)
+    if piece.start == 0:
+        content = content.removeprefix(codecs.BOM_UTF8)  # says how the file is written, and is no text
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        byte, position = content[error.start], piece.start + error.start
+        byte, position = content[error.start], piece.end - len(content) + error.start
         raise ValueError(
             f"{piece.path}: not UTF-8 text (byte 0x{byte:02x} at position {position}); convert it first, for example "
             f"with `iconv -f latin1 -t utf-8`"
@@ -226,7 +230,10 @@ def _encode(piece: Piece, tokenizer: str, vocab_dir: str | None, separator: str 
     for document in documents:
         if separator or piece.opens:
             tokens.append(encoding.eot_token)
-        tokens += encoding.encode_ordinary(document)
+        try:
+            tokens += encode(encoding, document)
+        except ValueError as error:
+            raise ValueError(f"{piece.path}: {error}, at or after byte {piece.start:,}: what is there?") from error
     num_bytes = sum(len(document.encode()) for document in documents) if separator else len(content)
     return np.array(tokens, dtype=np.uint16), num_bytes, len(documents) if separator else int(piece.opens)
 
@@ -244,15 +251,26 @@ def _in_order(encode, pieces: Iterable[Piece], workers: int) -> Iterator[tuple[P
         initargs=(signal.SIGINT, signal.SIG_IGN),
     )
     waiting: deque = deque()
+
+    def oldest() -> tuple[Piece, tuple]:
+        piece, future = waiting[0]
+        result = future.result()
+        waiting.popleft()
+        return piece, result
+
     try:
         for piece in pieces:
             waiting.append((piece, pool.submit(encode, piece)))
             if len(waiting) == 4 * workers:  # bounds the memory when writing is slower than encoding
-                done, future = waiting.popleft()
-                yield done, future.result()
+                yield oldest()
         while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
+            yield oldest()
+    except BrokenProcessPool as error:
+        piece = waiting[0][0]
+        raise ValueError(
+            f"one of {workers} worker processes was killed, perhaps for want of memory, while tokenizing around byte "
+            f"{piece.start:,} of {piece.path}: try fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 TOKENIZERS = {"bytes": 257, "gpt2": 50257}  # name: vocabulary size
 END_OF_TEXT = "<|endoftext|>"
 
-# Radford et al. 2019. The possessive form that newer tiktokens use gives the same pieces; this one works in all.
-_GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# Radford et al. 2019. The possessive form that newer tiktokens use gives the same pieces; this one works in all. Their
+# `\s+(?!\S)` is bounded (a longer run is two pieces): on a million blanks it runs out of room, and tiktoken panics.
+_GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s{1,500000}(?!\S)|\s+"""
 # Any split into pieces gives the same bytes; long pieces keep the regular expression off the clock.
 _BYTE_PATTERN = r"[\s\S]{1,64}"
 _GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -62,6 +63,16 @@ def _encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.Enco
         special_tokens={END_OF_TEXT: len(ranks)},
         explicit_n_vocab=TOKENIZERS[name],
     )
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """`encoding.encode_ordinary(text)`. Raises ValueError where tiktoken gives up."""
+    try:
+        return encoding.encode_ordinary(text)
+    except BaseException as error:  # a panic in Rust is no Exception, and its class cannot be imported
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"tiktoken gave up on {len(text):,} characters ({str(error)[:80]!r})") from error
 
 
 def _read_from(folder: Path, file: str) -> bytes:

@@ -1,4 +1,5 @@
 import inspect
+import os
 import signal
 import subprocess
 import sys
@@ -222,6 +223,43 @@ def test_text_that_is_not_utf8_is_refused_with_its_place(workers, tmp_path, monk
     ):
         call(tmp_path, files=[file], workers=workers, val_fraction=0.001)
     assert left_in(tmp_path) == ["latin.txt", "text.txt"]
+
+
+@pytest.mark.parametrize("separator", [None, "---"])
+def test_a_byte_order_mark_is_no_text(separator, tmp_path):
+    files = [write(tmp_path / name, b"\xef\xbb\xbf" + name.encode()) for name in ("one", "two")]
+    val = write(tmp_path / "val", b"\xef\xbb\xbf" + STORY.encode())
+    meta = prepare(files, tmp_path / "out", "bytes", val_files=[val], separator=separator)
+    assert tokens_of(tmp_path / "out", "train") == [EOT, *b"one", EOT, *b"two"]
+    assert tokens_of(tmp_path / "out", "val") == [EOT, *STORY.encode()]
+    assert meta["splits"]["train"]["bytes"] == 6
+
+
+def test_the_place_of_a_bad_byte_counts_the_byte_order_mark(tmp_path):
+    file = write(tmp_path / "latin.txt", b"\xef\xbb\xbfcaf\xe9")
+    with pytest.raises(ValueError, match=r"byte 0xe9 at position 6\)"):
+        prepare([file], tmp_path / "out", "bytes", val_files=[file])
+
+
+def test_text_that_tiktoken_gives_up_on_is_named(tmp_path, monkeypatch):
+    def gives_up(encoding, text):
+        raise ValueError("tiktoken gave up on 9 characters")
+
+    monkeypatch.setattr(script, "encode", gives_up)
+    with pytest.raises(ValueError, match=r"text\.txt: tiktoken gave up on 9 characters, at or after byte 0"):
+        call(tmp_path)
+    assert left_in(tmp_path) == ["text.txt"]
+
+
+def is_killed(piece):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_told_in_one_line():
+    pieces = [script.Piece("some.txt", start, start + 10, "train", False) for start in (70_000, 70_010)]
+    with pytest.raises(ValueError, match=r"killed, .* around byte 70,000 of some\.txt: try fewer --workers") as told:
+        list(script._in_order(is_killed, pieces, 2))
+    assert "\n" not in str(told.value)
 
 
 def test_folder_that_holds_anything_is_refused_without_overwrite(tmp_path):

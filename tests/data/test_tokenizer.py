@@ -103,6 +103,26 @@ def test_gpt2_agrees_with_the_encoding_of_tiktoken(gpt2, of_tiktoken, text):
     assert gpt2.encode_ordinary(text) == of_tiktoken.encode_ordinary(text)
 
 
+@pytest.mark.parametrize("blank", [" ", "\n", "\u3000"], ids=["spaces", "empty lines", "ideographic spaces"])
+@pytest.mark.parametrize("after", ["x", ""], ids=["then text", "to the end"])
+def test_a_million_blanks_are_tokens_too(gpt2, blank, after):
+    """tiktoken panics in its regular expression."""
+    text = "word" + blank * 1_500_000 + after
+    assert gpt2.decode(gpt2.encode_ordinary(text)) == text
+
+
+def test_a_panic_of_tiktoken_is_an_error():
+    class PanicException(BaseException):
+        pass
+
+    class Panics:
+        def encode_ordinary(self, text):
+            raise PanicException("called `Result::unwrap()` on an `Err` value")
+
+    with pytest.raises(ValueError, match="tiktoken gave up on 4 characters"):
+        tokenizer.encode(Panics(), "text")
+
+
 def test_gpt2_comes_from_the_cache_of_tiktoken_without_a_network(cache, no_network):
     assert load_tokenizer("gpt2").encode("Hello world") == [15496, 995]
     assert no_network == []
