@@ -42,6 +42,7 @@ _COMPUTED: dict[str, tuple] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+_LARGEST_SIZE = 2**17  # of anything in config.json: a damaged one must not ask for more than there is
 _SIZES = {"vocab_size": "vocab_size", "block_size": "n_positions"}
 _SIZES |= {"n_layer": "n_layer", "n_head": "n_head", "n_embed": "n_embd"}  # ours: theirs
 
@@ -97,19 +98,16 @@ def read_config(folder: Path) -> ModelConfig:
 
     Its dropout is left at 0: that belongs to a run, not to the weights.
     """
-    try:
-        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no readable config.json of a Hugging Face model ({error})") from error
+    theirs = _read_object(folder / "config.json")
     if theirs.get("model_type") != "gpt2":
         raise ValueError(f"{folder}: model_type is {theirs.get('model_type')!r}; only 'gpt2' can be imported")
     for key, allowed in _COMPUTED.items():
         value = theirs.get(key, allowed[0])
         if value not in allowed:
             raise ValueError(f"{folder}: {key} is {value!r}; only {' or '.join(map(repr, allowed))} can be imported")
-    missing = [key for key in _SIZES.values() if not isinstance(theirs.get(key), int)]
-    if missing:
-        raise ValueError(f"{folder}: config.json has no {missing[0]}")
+    for key in _SIZES.values():
+        if type(theirs.get(key)) is not int or not 1 <= theirs[key] <= _LARGEST_SIZE:
+            raise ValueError(f"{folder}: config.json has no {key}, or one that is no size: {theirs.get(key)!r}")
     model = ModelConfig(**{ours: theirs[key] for ours, key in _SIZES.items()})
     if theirs.get("n_inner") not in (None, model.ffn_size):
         raise ValueError(f"{folder}: n_inner is {theirs['n_inner']}; only 4 * n_embd can be imported")
@@ -140,13 +138,31 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of model.safetensors, or of the files that its index names."""
     files: Iterable[str] = [WEIGHTS]
     if (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        placed = _read_object(folder / INDEX).get("weight_map")
+        if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+            raise ValueError(f"{folder}: {INDEX} does not say in which files the weights are")
+        files = sorted(set(placed.values()))
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         if not (folder / file).is_file():
             raise ValueError(f"{folder}: no {file}; only weights in safetensors can be imported")
-        tensors |= _safetensors().load_file(folder / file)
+        load = _safetensors().load_file
+        try:
+            tensors |= load(folder / file)
+        except Exception as error:  # safetensors has an error of its own, and passes on those of torch and the system
+            raise ValueError(f"{folder / file}: not readable as safetensors ({error}): copy it again") from error
     return tensors
+
+
+def _read_object(file: Path) -> dict:
+    """ValueError unless the file holds a JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file.parent}: no readable {file.name} of a Hugging Face model ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.parent}: {file.name} holds no JSON object")
+    return content
 
 
 def from_hf(tensors: dict[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:

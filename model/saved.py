@@ -13,9 +13,9 @@ import torch
 from heiretsu.model.config import ModelConfig
 from heiretsu.model.gpt import GPT
 from heiretsu.model.options import check_model
-from heiretsu.parallel.checkpoint import read_tensors
+from heiretsu.parallel.checkpoint import read_tensors, stored_shapes
 from heiretsu.parallel.checkpoint_folder import newest_whole, say_if_unsealed
-from heiretsu.parallel.checkpoint_seal import read_run, verify
+from heiretsu.parallel.checkpoint_seal import brief, read_run, verify
 from heiretsu.parallel.mesh import Mesh, abstract_mesh
 
 
@@ -48,15 +48,28 @@ def load_model(
     """
     path = Path(path) if verified else newest_in(path, say_on_stderr)
     run = read_run(path)
-    try:
-        config = ModelConfig(**run["config"]["model"])
-        check_model(config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: run.json has no model that can be built ({error}): damaged") from error
+    config = _model_config(path, run)
     dtype = getattr(torch, run["config"]["dtype"])
     model = GPT(config, abstract_mesh(device=device), ops, dtype=dtype)
     read_tensors(path, {f"model/{name}": param.detach() for name, param in model.named_parameters()})
     return model.eval(), run
+
+
+def _model_config(path: Path, run: dict) -> ModelConfig:
+    """The model that run.json describes, if the checkpoint's tensors are of its shapes. Allocates nothing."""
+    stored = {name.removeprefix("model/"): shape for name, shape in stored_shapes(path).items() if "model/" in name}
+    try:
+        config = ModelConfig(**run["config"]["model"])
+        check_model(config)
+        if config.n_layer > len(stored):
+            raise ValueError(f"{config.n_layer} layers, but {len(stored)} tensors")
+        model = GPT(config, abstract_mesh(device="meta"), ops=None)
+        for name, param in model.named_parameters():
+            if stored.get(name) != tuple(param.shape):
+                raise ValueError(f"{name} is {tuple(param.shape)}, not {stored.get(name)} as stored")
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: of a size beyond 64 bits
+        raise ValueError(f"{path}: run.json has no model that its tensors are of ({brief(error)}): damaged") from error
+    return config
 
 
 def say_on_stderr(line: str) -> None:

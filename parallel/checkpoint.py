@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -192,6 +193,12 @@ def read_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> N
             raise ValueError(f"{path}: cannot be loaded ({_reason(error)}): damaged") from error
 
 
+def stored_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """The whole shape of each tensor of a checkpoint, by its stored name: model/..., exp_avg/..., exp_avg_sq/..."""
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name: tuple(meta.size) for name, meta in stored.items() if isinstance(meta, TensorStorageMetadata)}
+
+
 @dataclass(frozen=True)
 class _Written(WriteResult):
     """What a rank tells rank 0 of a piece that it has written: also in which file, and what that file is."""
@@ -220,20 +227,17 @@ class _Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan, planner):
         done: torch.futures.Future = torch.futures.Future()
-        results = super().write_data(plan, planner).wait() if plan.items else []  # an empty plan makes an empty file
-        prints = {
-            file: fingerprint(self.part / file) for file in {result.storage_data.relative_path for result in results}
-        }
+        try:
+            # An empty plan would make an empty file.
+            results = super().write_data(plan, planner).wait() if plan.items else []
+        except Exception as error:
+            raise _first_cause(error) from error
+        files = [result.storage_data.relative_path for result in results]
+        prints = {file: fingerprint(self.part / file) for file in set(files)}
         done.set_result(
             [
-                _Written(
-                    result.index,
-                    result.size_in_bytes,
-                    result.storage_data,
-                    file := result.storage_data.relative_path,
-                    prints[file],
-                )
-                for result in results
+                _Written(result.index, result.size_in_bytes, result.storage_data, file, prints[file])
+                for result, file in zip(results, files, strict=True)
             ]
         )
         return done
@@ -302,13 +306,22 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def _first_cause(error: BaseException) -> BaseException:
+    """The system's own error behind it, if there is one: torch.save says of a full disk that it is at another position
+    than it thought."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
+
+
 def _reason(error: BaseException) -> str:
     """The first error of the first rank that had one, on one line."""
     failures = getattr(error, "failures", None)
     if not failures:
-        return brief(error)
+        return brief(error, 300)
     rank, (cause, _) = min(failures.items())
-    return brief(cause) if len(failures) == 1 and _world_size() == 1 else f"rank {rank}: {brief(cause)}"
+    return brief(cause, 300) if len(failures) == 1 and _world_size() == 1 else f"rank {rank}: {brief(cause, 300)}"
 
 
 def _world_size() -> int:

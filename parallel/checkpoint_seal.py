@@ -45,8 +45,10 @@ def read_run(path: str | os.PathLike) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path}: not a complete checkpoint: {' and '.join(missing)} missing")
     run = read_json(path / "run.json")
-    if run.get("format") not in (UNSEALED_FORMAT, FORMAT):
-        raise ValueError(f"{path}: checkpoint format {brief(run.get('format'))}, only {FORMAT} and older can be read")
+    if type(run.get("format")) is not int or not UNSEALED_FORMAT <= run["format"] <= FORMAT:  # true is 1 to Python
+        raise ValueError(
+            f"{path}: run.json has checkpoint format {brief(run.get('format'))}, only {FORMAT} and older can be read"
+        )
     if run["format"] == FORMAT or (path / SEAL).exists():
         seal = read_seal(path)
         _check_sizes(path, seal)
@@ -89,7 +91,7 @@ def seal(path: Path, files: dict[str, dict[str, Any]]) -> None:
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != expected["bytes"]:
             found = "is not there" if size is None else f"has {size} bytes, not {expected['bytes']}"
-            raise OSError(f"{path / name} {found}: do all nodes share the folder of --checkpoint_dir?")
+            raise OSError(f"{name} {found} where rank 0 looks: do all nodes share the folder of --checkpoint_dir?")
     write_json(path / SEAL, {"files": files, "sha256": _digest_of(files)})
     sync_folder(path)
 
@@ -233,7 +235,7 @@ def _digest_of(files: dict) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def brief(value: object) -> str:
+def brief(value: object, most: int = 80) -> str:
     """On one line, and not a page of it."""
     text = " ".join((f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else repr(value)).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
