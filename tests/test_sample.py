@@ -172,21 +172,6 @@ def test_help_tells_the_defaults(capsys):
 
 
 @pytest.mark.parametrize(
-    "there, auto", [(("cuda", "mps"), "cuda"), (("mps",), "mps"), ((), "cpu")], ids=["cuda", "mps", "cpu"]
-)
-def test_the_device_is_the_best_there_is_unless_named(monkeypatch, there, auto):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
-    assert sample.find_device("auto").type == auto
-    for name in ("cuda", "mps", "cpu"):
-        if name in (*there, "cpu"):
-            assert sample.find_device(name).type == name
-        else:
-            with pytest.raises(ValueError, match=f"--device {name} is not available on this machine"):
-                sample.find_device(name)
-
-
-@pytest.mark.parametrize(
     "flags, least",
     [("--num_tokens -1", 0), ("--temperature -0.1", 0), ("--temperature nan", 0), ("--top_k 0", 1)],
 )

@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,31 @@ def test_samples_do_not_change_between_releases():
     assert small.eval_batch(range(6))[0][:, 0].tolist() == [0, 136, 80, 24, 160, 104]
     negative, large = (starts(TokenDataset(counting(50_000), 8, s, 50_000), 0, [0])[0] for s in (-1, 2**63 - 1))
     assert negative == starts(TokenDataset(counting(50_000), 8, 2**64 - 1, 50_000), 0, [0])[0] != large
+
+
+def test_the_digest_is_of_names_lengths_and_tokens(monkeypatch):
+    """Of all tokens of a small set, of eight pieces of 32,768 of each shard of a large one. Checkpoints keep it."""
+    shards = [("/a/one.bin", np.arange(60_000, dtype=np.uint16)), ("two.bin", np.arange(40_000, dtype=np.uint16))]
+
+    def digest(shards):
+        return TokenDataset(shards, 8, 0, 65536).digest()
+
+    def by_hand(pieces):
+        content = b""
+        for (name, tokens), starts in zip(shards, pieces, strict=True):
+            content += f"{name.rpartition('/')[2]} {len(tokens)}\0".encode()
+            content += b"".join(tokens[start:stop].tobytes() for start, stop in starts)
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    assert digest(shards) == by_hand([[(0, 60_000)], [(0, 40_000)]])
+    assert batches._FULL_DIGEST_TOKENS == 16_777_216
+    monkeypatch.setattr(batches, "_FULL_DIGEST_TOKENS", 100_000)
+    assert digest(shards) == by_hand([[(0, 60_000)], [(0, 40_000)]])
+    monkeypatch.setattr(batches, "_FULL_DIGEST_TOKENS", 99_999)
+    starts = [[(last * i // 7, last * i // 7 + 32_768) for i in range(8)] for last in (27_232, 7_232)]
+    assert digest(shards) == by_hand(starts)
+    short = ("one.bin", np.arange(9, dtype=np.uint16))
+    assert digest([short, *shards]) != digest([("one.bin", short[1][::-1]), *shards])
 
 
 def test_seed_step_and_index_all_matter():

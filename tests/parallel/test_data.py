@@ -2,6 +2,7 @@
 
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 
 import train as train_script
@@ -9,6 +10,7 @@ from heiretsu.kernels import plain
 from heiretsu.model.build import build_engine
 from heiretsu.parallel import data as data_parallel
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.parallel.placement import Placement, Spec
 from tests.training import DENSE, MIXTURE, dataset, run_config
 
 
@@ -84,3 +86,30 @@ def test_a_bucket_holds_one_kind_and_about_so_many_bytes():
         all_but_last = sum(engine.params[name].numel() * 8 for name in bucket[:-1])
         assert all_but_last < 8192
     assert buckets[-1] == ["wte.weight"] or buckets[-2] == ["wte.weight"]
+
+
+def test_a_bucket_is_full_once_it_holds_its_bytes():
+    """A parameter of just so many bytes fills one by itself; with one byte more allowed, the next one joins it."""
+    params = {name: torch.nn.Parameter(torch.zeros(8, dtype=torch.float32)) for name in "abcd"}
+    mesh = abstract_mesh()
+    table = {name: Placement(name, Spec((8,), tied=name == "d"), mesh) for name in params}
+    assert data_parallel._group(params, table, 32) == [["c"], ["b"], ["a"], ["d"]]
+    assert data_parallel._group(params, table, 33) == [["c", "b"], ["a"], ["d"]]
+    assert data_parallel._group(params, table, 10_000) == [["c", "b", "a"], ["d"]]
+
+
+def test_gradients_are_zeroed_scaled_and_left_alone_outside_of_a_step():
+    params = {name: torch.nn.Parameter(torch.ones(2)) for name in "ab"}
+    mesh = abstract_mesh()
+    averager = data_parallel.GradientAverager(params, {n: Placement(n, Spec((2,)), mesh) for n in params}, 1)
+    (params["a"] * 3).sum().backward()  # before a first step
+    averager.prepare(2)
+    assert all((param.grad == 0).all() for param in params.values())
+    for _ in range(2):
+        (params["a"] * 3 + params["b"]).sum().backward()
+    averager.finish()
+    assert params["a"].grad.tolist() == [6, 6] and params["b"].grad.tolist() == [2, 2]
+    averager.scale(0.5)
+    assert params["a"].grad.tolist() == [3, 3] and params["b"].grad.tolist() == [1, 1]
+    params["a"].sum().backward()  # after the last
+    assert averager._next == len(averager.buckets) and params["a"].grad.tolist() == [4, 4]
