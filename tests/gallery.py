@@ -2,8 +2,8 @@
 
     python -m tests.gallery
 
-plants one after the other in a small run, and prints which checks of tests/training.py (or of the schedule, or of the
-token reader) caught it. A harness that has never failed proves nothing.
+plants one after the other in a small run, and prints which checks of tests/training.py (or of the schedule, the tokens,
+the initial values or the norm alone) caught it. A harness that has never failed proves nothing.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 import train as train_script
 from heiretsu.data import batches as batches_module
-from heiretsu.data.shards import write_shard
-from heiretsu.model import build, moe
+from heiretsu.data import prepare as prepare_module
+from heiretsu.data.shards import read_shard, write_shard
+from heiretsu.model import build, moe, seeding
 from heiretsu.parallel import collectives, engine, expert, optimizer, pipeline, placement, tensor
 from heiretsu.parallel.data import GradientAverager
-from heiretsu.parallel.mesh import Mesh
+from heiretsu.parallel.mesh import Mesh, abstract_mesh
 from heiretsu.parallel.schedules import SCHEDULES, lower, simulate
 from heiretsu.parallel.schedules.one_f_one_b import one_f_one_b
 from tests.ranks import RankError, run_ranks
@@ -150,6 +152,21 @@ def header_read_as_tokens(mesh):
     return patch.object(batches_module, "read_shard", lambda path: np.fromfile(path, dtype="<u2"))
 
 
+def byte_order_mark_read_as_text(mesh):
+    return patch.object(prepare_module.codecs, "BOM_UTF8", b"")
+
+
+def initial_values_in_the_default_dtype(mesh):
+    def drawn(place, seed):
+        return torch.empty(place.spec.shape).normal_(generator=torch.Generator().manual_seed(seed))
+
+    return patch.object(seeding, "initial_value", drawn)
+
+
+def gradient_norm_in_one_long_sum(mesh):
+    return patch.object(optimizer, "PIECE", 2**40)
+
+
 @contextlib.contextmanager
 def _both(first, second) -> Iterator[None]:
     with first, second:
@@ -179,6 +196,9 @@ FAULTS: dict[str, Fault] = {
     "every microbatch reduced again": Fault(every_microbatch_reduced_again, "gradients", {"dp": 2}),
     "wrong 1F1B warm-up count": Fault(wrong_1f1b_warm_up_count, "bubble of the schedule"),
     "header read as tokens": Fault(header_read_as_tokens, "tokens of a shard"),
+    "byte order mark read as text": Fault(byte_order_mark_read_as_text, "tokens of a text"),
+    "initial values in the default dtype": Fault(initial_values_in_the_default_dtype, "initial values"),
+    "gradient norm in one long sum": Fault(gradient_norm_in_one_long_sum, "norm of many numbers"),
 }
 
 
@@ -191,7 +211,7 @@ def check(name: str | None, fault: Fault, ranks: Callable) -> dict[str, str]:
     config = run_config(MIXTURE if fault.mixture else DENSE, microbatches=4, **fault.mesh)
     if not fault.mesh:
         with fault.plant(None) if name else contextlib.nullcontext():
-            return schedule_check() | shard_check()
+            return schedule_check() | shard_check() | text_check() | defaults_check() | norm_check()
     try:
         traces = ranks(run_with_fault, name, config, fault.overflow_at, **fault.mesh)
     except RankError as error:
@@ -227,6 +247,37 @@ def shard_check() -> dict[str, str]:
     if read != tokens[:-1].tolist():
         return {"tokens of a shard": f"{len(read)} tokens from {read[0]} to {read[-1]}, not {len(tokens) - 1} from 0"}
     return {}
+
+
+def text_check() -> dict[str, str]:
+    """A text that begins with a byte order mark has the tokens of what follows it."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text"
+        text.write_bytes(b"\xef\xbb\xbfabc")
+        prepare_module.prepare([text], Path(folder) / "out", "bytes", val_files=[text])
+        read = read_shard(Path(folder) / "out" / "train_000000.bin").tolist()
+    return {} if read == [256, *b"abc"] else {"tokens of a text": f"{read}, not the end of text and {[*b'abc']}"}
+
+
+def defaults_check() -> dict[str, str]:
+    """Initial values are the same whatever torch's default dtype is."""
+    place = placement.Placement("weight", placement.Spec((8, 8), std=1.0), abstract_mesh())
+    drawn = {}
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            drawn[dtype] = seeding.initial_value(place, seed=1)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    ours, theirs = drawn.values()
+    same = ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    return {} if same else {"initial values": f"{theirs.dtype} under a default of float64"}
+
+
+def norm_check() -> dict[str, str]:
+    """The norm of three million equal float32, whose sum in float32 is off by a tenth of a percent."""
+    ours, exact = optimizer.two_norm(torch.full((3_000_000,), 0.1)).item(), 0.1 * math.sqrt(3_000_000)
+    return {} if abs(ours / exact - 1) < 1e-5 else {"norm of many numbers": f"{ours}, not {exact}"}
 
 
 def main() -> int:
