@@ -257,6 +257,7 @@ def train_on_node(node: int, addresses: list[str], gpus: int, arguments: list[st
     """One container's share of the run. addresses: of all containers, by number."""
     launcher = ["torch.distributed.run", "--standalone"]
     if len(addresses) > 1:
+        arguments = [*arguments, "--local_checkpoints"]
         first = f"[{addresses[0]}]" if ":" in addresses[0] else addresses[0]
         launcher = [
             "heiretsu.run.launch",

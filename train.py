@@ -87,7 +87,8 @@ def main(config: RunConfig) -> None:
         )
         use_interface(backend, os.environ)
         runs_on, data = f"{backend} on {device.type}", (train_data, val_data)
-        report = Report(facts(config, as_json(config), runs_on, data, resume_from), folder=config.checkpoint_dir)
+        shared = None if config.local_checkpoints else config.checkpoint_dir
+        report = Report(facts(config, as_json(config), runs_on, data, resume_from), folder=shared)
     except ValueError as error:
         report = Report(refused=str(error))
     with together(config, backend, rank, report):
@@ -120,6 +121,8 @@ def run(
             tune_kernels(config, mesh)
         engine = build_engine(config, mesh, fused if config.fused else plain)
         hosts = gather_hosts(mesh)
+        if config.local_checkpoints and not hosts.only_dp_crosses():
+            refuse(f"--local_checkpoints: only dp may run between hosts, and here {', '.join(hosts.crossing())} does")
         say("\n".join([describe(config, mesh, train_data, kernels), *hosts.describe()]))
         first_step = restore(config, engine, origin, say)
         train(config, mesh, engine, train_data, val_data, first_step, {"run_id": origin.run_id, "data": data})

@@ -171,7 +171,6 @@ class Network:
             subprocess.run(pair.split(), check=True)
             for host in self.hosts:
                 host.run("ip", "addr", "add", f"{ADDRESSES[host.name]}/30", "dev", INTERFACE)
-                host.run("ip", "-6", "addr", "add", f"{ADDRESSES_V6[host.name]}/64", "dev", INTERFACE, "nodad")
             self.plug()
         except BaseException:
             self.close()
@@ -180,6 +179,8 @@ class Network:
     def plug(self) -> None:
         for host in self.hosts:
             host.run("ip", "link", "set", INTERFACE, "up")
+            # An interface that goes down loses its IPv6 address.
+            host.run("ip", "-6", "addr", "replace", f"{ADDRESSES_V6[host.name]}/64", "dev", INTERFACE, "nodad")
 
     def unplug(self) -> None:
         """Pull the cable. Neither side is told by a packet: what it waits for just never comes."""

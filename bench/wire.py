@@ -45,6 +45,8 @@ def bytes_sent(name: str, args: tuple) -> int:
         _, sent, _, _, counts = args[:5]
         own = counts[group.rank()] / max(1, sum(counts)) if counts else 1 / ranks
         return round(sent.nbytes * (1 - own))
+    if name == "allgather":
+        return sum(tensor.nbytes for tensor in args[1]) * (ranks - 1)
     if name == "send":
         return sum(tensor.nbytes for tensor in args[0])
     if name in ("recv", "recv_any_source", "barrier"):

@@ -117,6 +117,7 @@ class RunConfig:
     init_from: str | None
     keep: int
     on_save_error: Literal["stop", "continue"]
+    local_checkpoints: bool
     profile: str | None
     memory_snapshot: bool
     sample_tokens: int
@@ -363,6 +364,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--init_from", help="start from the parameters of this checkpoint (heiretsu.model.hf imports GPT-2's)")
     add("--keep", type=int, default=2, help="checkpoints kept")
+    add(
+        "--local_checkpoints",
+        action="store_true",
+        help="hosts do not share --checkpoint_dir: the first writes all of it, so that only dp may run between them",
+    )
     add("--on_save_error", choices=("stop", "continue"), default="stop", help="what a save that fails does to the run")
     add("--profile", metavar="DIR", help="write torch.profiler traces of three steps there, one for each rank")
     add("--memory_snapshot", action="store_true", help="with --profile on a GPU: also who allocated what")

@@ -75,19 +75,25 @@ def start(
     keep: int,
     group: dist.ProcessGroup | None,
     copies: Copies,
+    by_first: bool = False,
     **facts: Any,
 ) -> Saving:
     """The same in the background: returns once the state is copied, and training may go on.
 
     group: of all ranks, on the CPU, and for nothing but this. copies: in use until the save is done, so that only one
-    can be on its way.
+    can be on its way. by_first: of the ranks that hold the same piece, the first writes it, and not each a share.
     """
     writer = _Writer(directory, keep, _describe(step, engine, config, facts))
     writer.per_thread_copy_ahead = 0  # nothing is on the GPU any more
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said by the thread of a single process
     with _quiet():
         future = dcp.async_save(
-            _tensors(engine), storage_writer=writer, process_group=group, async_stager=copies, no_dist=group is None
+            _tensors(engine),
+            storage_writer=writer,
+            planner=dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=by_first),
+            process_group=group,
+            async_stager=copies,
+            no_dist=group is None,
         )
     assert isinstance(future, Future)
     return Saving(step, writer, future)

@@ -57,6 +57,10 @@ class Hosts:
         lines = {name: {getattr(mesh, name).ranks for mesh in meshes} for name in AXIS_NAMES}
         return [name for name in AXIS_NAMES if any(len({self.names[r] for r in line}) > 1 for line in lines[name])]
 
+    def only_dp_crosses(self) -> bool:
+        """Whether the first host holds a whole model."""
+        return set(self.crossing()) <= {"dp"}
+
     def describe(self) -> list[str]:
         """For the header of the log: nothing on one host, else who sits where, and a warning if tp crosses hosts."""
         if len(self.ranks) == 1:

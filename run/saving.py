@@ -44,9 +44,9 @@ class Saver:
         if self.directory is None:
             return
         self.finish()
-        keep = self.config.keep
+        keep, by_first = self.config.keep, self.config.local_checkpoints
         self.saving = checkpoint.start(
-            self.directory, step, self.engine, self.as_json, keep, self.group, self.copies, **self.facts
+            self.directory, step, self.engine, self.as_json, keep, self.group, self.copies, by_first, **self.facts
         )
 
     def note(self) -> int:

@@ -14,6 +14,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import re
 import runpy
@@ -137,6 +138,10 @@ def check(command: Command) -> None:
             _check_modal(next(word for word in words[1:] if not word.startswith("-")))
     elif program == "pip":
         _check_pip(words)
+    elif program == "sbatch":
+        _check_sbatch(words)
+    elif program == "kubectl":
+        assert words[:2] == ["apply", "-f"] and (ROOT / words[2]).is_file(), f"there is no {words[-1]}"
     else:
         downloads = program in ("hf", "huggingface-cli") and words[:1] == ["download"]
         assert downloads or program in ("git", "cd", "source", "."), f"no check for {program}: write one"
@@ -159,6 +164,9 @@ def _check_module(module: str, flags: list[str]) -> None:
         return _check_pip(flags)
     if module in ("venv", "build"):
         return
+    if module == "heiretsu.run.launch":
+        launch = accepted(lambda: torchrun_parser().parse_args(flags))
+        return _check_script(launch.training_script, launch.training_script_args, _world_size(launch))
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin, f"there is no module {module}"
     _check_script(str(Path(spec.origin).relative_to(ROOT)), flags)
@@ -200,6 +208,19 @@ def _check_modal(target: str) -> None:
     assert (ROOT / file).is_file(), f"there is no {file}"
     pattern = rf"^@app\.(function|local_entrypoint)\((?:(?!^def ).)*^def {function or 'main'}\("
     assert re.search(pattern, (ROOT / file).read_text(), re.M | re.S), f"{file} has no {function or 'entry point'}"
+
+
+def _check_sbatch(words: list[str]) -> None:
+    script = next(word for word in words if not word.startswith("-"))
+    assert (ROOT / script).is_file(), f"there is no {script}"
+    options = dict(word.split("=", 1) for word in words[: words.index(script)])
+    flags = words[words.index(script) + 1 :]
+    # As many ranks a node as it takes: how many a node has is its own, or the environment's to say.
+    sizes = [int(_value_of(f"--{axis}", flags) or 1) for axis in ("dp", "ep", "pp", "tp")]
+    per_node, rest = divmod(math.prod(sizes), int(options["--nodes"]))
+    assert not rest, f"{sizes} ranks on {options['--nodes']} nodes"
+    assert per_node == int(options.get("--gpus-per-node", per_node)), f"{per_node} ranks a node"
+    _check_script("train.py", flags, math.prod(sizes))
 
 
 def _check_pip(words: list[str]) -> None:
@@ -265,7 +286,7 @@ def accepted(call: Callable):
 
 @functools.cache
 def _sources() -> str:
-    files = [file for kind in ("*.py", "*.sh") for file in ROOT.rglob(kind) if ".venv" not in file.parts]
+    files = [file for kind in ("*.py", "*.sh", "*.sbatch") for file in ROOT.rglob(kind) if ".venv" not in file.parts]
     return "".join(file.read_text() for file in files if file.name not in ("documents.py", "test_docs.py"))
 
 

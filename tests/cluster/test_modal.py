@@ -6,7 +6,7 @@ import json
 import pytest
 
 from heiretsu.bench.network import ADDRESSES_V6, ROOT
-from heiretsu.parallel import checkpoint
+from heiretsu.parallel.checkpoint_folder import complete
 from tests.cluster.launching import PYTHON, TINY, ended
 
 pytestmark = pytest.mark.full
@@ -32,7 +32,7 @@ def test_containers_of_a_cluster_train_and_the_first_has_the_whole_checkpoint(ne
 
     try:
         assert "hosts: alder ranks 0-1, birch ranks 2-3; between hosts: dp" in train(4)
-        assert [path.name for path in checkpoint.complete(volume)] == ["step_00000004"]
+        assert [path.name for path in complete(volume)] == ["step_00000004"]
         # The next containers begin with what the first has committed.
         net.birch.run("umount", volume)
         net.birch.run("sh", "-c", f"cp -r {volume} {tmp_path}/committed && mount -t tmpfs tmpfs {volume}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from heiretsu.bench.network import PATIENCE_S, ROOT
-from heiretsu.parallel import checkpoint
+from heiretsu.parallel.checkpoint_folder import complete
 from tests.cluster.launching import PYTHON, TINY
 from tests.cluster.slurm import Slurm
 
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def saved(self) -> list[Path]:
-        return checkpoint.complete(self.folder)
+        return complete(self.folder)
 
     def until(self, condition, what: str) -> None:
         deadline = time.monotonic() + PATIENCE_S
@@ -161,6 +161,6 @@ def kill_step(slurm: Slurm, job: int) -> None:
 def test_a_job_near_its_time_limit_saves_and_goes_back_in_the_queue(slurm, near_its_limit, row):
     job = near_its_limit
     job.until(lambda: "back in the queue" in job.output, "return to the queue")
-    assert re.search(r"saved .*step_\d+\nstopped by SIGUSR1", job.output), job.output
+    assert re.search(r"stopped by SIGUSR1: go on with --resume auto\nsaved .*step_\d+", job.output), job.output
     goes_on_where_it_was(job, job.until_resumed(), slurm)
     row("slurm limit", "warned, saved, back in the queue, and on in the same log")

@@ -140,7 +140,7 @@ MODEL_GIVEN = {
     "moe_freq": 5,
     "aux_loss_coef": 0.75,
 }
-SWITCHES = ("allow_changes", "compile", "fused", "wandb", "memory_snapshot")
+SWITCHES = ("allow_changes", "compile", "fused", "wandb", "memory_snapshot", "local_checkpoints")
 
 
 @pytest.fixture(autouse=True)
