@@ -60,9 +60,10 @@ class RunLog:
         record["memory_mib"] = peak_memory_mib(self.mesh.device)
         if self.file and (problem := self.file.append(record)):
             self.say(f"warning: {problem}")
-        if self.wandb and record["step"] >= self.wandb.run.step:  # a resumed wandb run has the steps before
-            try:
-                self.wandb.log({**record, **self._expert_load(report)}, step=record["step"])
+        if self.wandb:
+            try:  # wandb's own process may be gone: a signal to all of a job's processes ends it before it ends us
+                if record["step"] >= self.wandb.run.step:  # a resumed wandb run has the steps before
+                    self.wandb.log({**record, **self._expert_load(report)}, step=record["step"])
             except Exception as error:
                 self._lose_wandb(error)
         self._show(record, report)

@@ -28,6 +28,7 @@ class Job:
         output = slurm.folder / f"{name}.out"
         options = (*options, f"--output={output}", f"--job-name={name}")
         environment = {"PYTHON": str(PYTHON), "RUN_DIR": str(self.folder), "RANKS_PER_NODE": str(ranks)}
+        environment["WANDB_DIR"] = str(slurm.folder)
         self.number = slurm.submit(*options, SCRIPT, *TINY, *flags, cwd=ROOT, **environment)
         self.output_file = output
 
@@ -113,12 +114,15 @@ def test_two_jobs_at_once_on_the_same_nodes_finish(slurm, near_its_limit, row):
 
 
 def test_a_requeued_job_saves_first_and_goes_on(slurm, near_its_limit, row):
-    job = Job(slurm, "requeue", *ENDLESS, "--dp", "2", "--keep", "100000")
+    wandb = ["--wandb", "--wandb_mode", "offline"]
+    job = Job(slurm, "requeue", *ENDLESS, *wandb, "--dp", "2", "--keep", "100000")
     job.until_step(5)
     assert job.saved == []
     slurm.ask("scontrol", "requeue", str(job.number))
     goes_on_where_it_was(job, job.until_resumed(), slurm)
-    row("slurm requeue", "saved on both nodes before srun ended, then went on in the same log")
+    runs = [path.name.rpartition("-")[2] for path in (slurm.folder / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2 and len(set(runs)) == 1, "two parts of one run"
+    row("slurm requeue", "saved before srun ended, then went on in the same log and the same wandb run")
 
 
 def test_a_cancelled_job_saves_and_is_not_put_back(slurm, near_its_limit, row):
