@@ -61,6 +61,7 @@ DEFAULTS = {
     "checkpoint_dir": None,
     "save_interval": 0,
     "allow_changes": False,
+    "local_checkpoints": False,
     "on_save_error": "stop",
     "resume": "none",
     "init_from": None,
