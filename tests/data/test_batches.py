@@ -174,6 +174,13 @@ def test_token_outside_the_vocabulary_is_refused_when_the_data_is_opened(tmp_pat
         TokenDataset([tmp_path / "good.bin", tmp_path / "bad.bin"], 8, 0, 257)
 
 
+def test_two_megabytes_are_looked_at_whole():
+    tokens = np.zeros(2**20 + 10, dtype=np.uint16)
+    tokens[-1] = 300
+    with pytest.raises(ValueError, match="token id 300 at position 1048585 "):
+        TokenDataset([tokens], 8, 0, 257)
+
+
 def test_token_outside_the_vocabulary_in_data_too_large_to_scan_is_refused_when_read(monkeypatch):
     monkeypatch.setattr(batches, "_FULL_SCAN_TOKENS", 100)
     monkeypatch.setattr(batches, "_PART_SCAN_TOKENS", 50)

@@ -11,8 +11,9 @@ from tests.mutation.edits import Edit
 def read_equal(path: Path, edits: Iterable[Edit]) -> tuple[set[Edit], list[str]]:
     """The edits that the file lists, and its entries that are none of them (any more).
 
-    An entry is a reason (`# ...`), the file, and the lines before (`- `) and after (`+ `) as a survivor is printed;
-    lines before and after may follow each other several times under one reason and file.
+    An entry is a reason (`# ...`), the file, the lines before (`- `) and after (`+ `) as a survivor is printed. Several
+    may follow each other under one reason and file. After one line before, each line after is an edit of its own; an
+    edit of several lines has as many after them as it has.
     """
     by_text: dict[tuple[str, str, str], list[Edit]] = {}
     for edit in edits:
@@ -28,20 +29,24 @@ def read_equal(path: Path, edits: Iterable[Edit]) -> tuple[set[Edit], list[str]]
 
 
 def _entries(lines: list[str]) -> Iterable[tuple[str, str, str]]:
-    file, before, after = "", [], []
-    reason = False
-    for line in [*lines, "# end"]:
+    file, reason = "", False
+    before: list[str] = []
+    after: list[str] = []
+    for line in [*lines, ""]:
         mark, text = line[:2], line[2:]
         if after and mark != "+ ":
             if not reason:
                 raise ValueError(f"equal.txt: {file}: {before[0]} has no reason")
-            yield file, "\n".join(before), "\n".join(after)
+            for one in after if len(before) == 1 else ["\n".join(after)]:
+                yield file, "\n".join(before), one
             before, after = [], []
         if mark == "# ":
-            reason, file = True, file
+            reason = True
         elif mark == "- ":
             before.append(text)
         elif mark == "+ ":
             after.append(text)
         elif line.strip():
             file = line.strip()
+        else:
+            reason = False  # an empty line ends what a reason is for
