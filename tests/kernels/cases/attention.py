@@ -114,6 +114,10 @@ CASES = [
         "attention_lse", "one key head", "multi-query, dropout", _separate(2, 3, 1, 40, 50, 16, **DROPOUT), F32 + BF16
     ),
     Case("attention_lse", "more keys", "the last query sees every key", _separate(1, 2, 2, 33, 100, 32)),
+    Case(
+        "attention_lse", "one query", "decoding: 147 keys, an odd head dim", _separate(2, 4, 2, 1, 147, 59), F32 + BF16
+    ),
+    Case("attention_lse", "head dim 192", "padded to 256", _separate(1, 2, 1, 33, 40, 192), BF16),
     Case("attention_lse", "more queries", "the first 67 queries see nothing", _separate(1, 2, 2, 100, 33, 32)),
     Case(
         "attention_lse",

@@ -26,6 +26,17 @@ def _inputs(*shape, residual=True, parameters=None, mean=0.0, spread=1.0, eps=No
     return inputs
 
 
+def _mixed(x, residual):
+    """x and the residual in dtypes of their own, beside float32 parameters; None: the row's."""
+
+    def inputs(generator, dtype):
+        values = _inputs(5, 70, parameters=torch.float32)(generator, dtype)
+        own = {"x": x or dtype, "residual": residual or dtype}
+        return values | {name: values[name].detach().to(own[name]).requires_grad_() for name in own}
+
+    return inputs
+
+
 def _views(generator, dtype):
     fused = torch.randn(9, 120, generator=generator).to(dtype)
     parameters = (torch.randn(80, generator=generator) + 1.0).to(dtype)
@@ -63,6 +74,20 @@ CASES = [
     Case("layer_norm", "tiny values", "eps decides", _inputs(10, 70, residual=False, spread=1e-3)),
     Case("layer_norm", "large eps", "eps is not the default", _inputs(10, 70, eps=0.5)),
     Case("layer_norm", "wide rows", "1000 channels in one tile", _inputs(5, 1000)),
+    Case(
+        "layer_norm",
+        "float32 stream",
+        "16-bit branches into a float32 residual: y narrow, the sum wide, each gradient in its input's dtype",
+        _mixed(None, torch.float32),
+        (torch.bfloat16, torch.float16),
+    ),
+    Case(
+        "layer_norm",
+        "narrow residual",
+        "a bfloat16 residual under a wider branch: sum in float32",
+        _mixed(None, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ),
     Case("layer_norm", "views", "slices of a fused projection, strided parameters", _views),
     Case("layer_norm", "transposed", "channels that are not contiguous; an expanded residual", _transposed),
     Case("layer_norm", "only x", "frozen parameters", _inputs(9, 33, grad="x")),

@@ -103,6 +103,11 @@ def _views(generator, dtype):
     return values
 
 
+def _int32(generator, dtype):
+    values = _mlp(20, 16, 24, 3, 2)(generator, dtype)
+    return values | {"experts": values["experts"].int()}
+
+
 def _expanded(generator, dtype):
     values = _mlp(20, 16, 32, 3, 1)(generator, dtype)
     values["x"] = torch.randn(1, 16, generator=generator).to(dtype).expand(20, 16).requires_grad_()
@@ -124,6 +129,7 @@ CASES = [
     ),
     Case("route", "large logits", "overflows without the maximum", _route(10, 4, 2, lambda logits: logits * 300), TWO),
     Case("route", "strided", "transposed, every other token left out", _strided_logits, FLOAT32),
+    Case("route", "8 of 64", "many experts and choices", _route(20, 64, 8), FLOAT32),
     Case("route", "no tokens", "N = 0", _route(0, 4, 2), FLOAT32),
     Case("route", "tiny", "for the emulator", _route(9, 5, 2), TWO, emulate=True),
     Case("expert_mlp", "two of four", "tails everywhere: rows, C and F off the blocks", _mlp(70, 40, 72, 4, 2)),
@@ -168,6 +174,8 @@ CASES = [
     Case("expert_mlp", "nobody", "every index outside: all zeros", _mlp(6, 16, 24, 3, 2, _only(-1)), FLOAT32),
     Case("expert_mlp", "views", "x, w1, gates and indices are strided", _views, FLOAT32),
     Case("expert_mlp", "expanded", "one row stands for all tokens", _expanded, FLOAT32),
+    Case("expert_mlp", "int32 indices", "indices in 32 bits", _int32, FLOAT32),
+    Case("expert_mlp", "4 of 32", "more experts than most get tokens for", _mlp(9, 16, 8, 32, 4), FLOAT32),
     Case("expert_mlp", "only x", "frozen experts", _mlp(20, 16, 24, 3, 2, grad=("x",)), FLOAT32),
     Case("expert_mlp", "only w1", "no gradient for x", _mlp(20, 16, 24, 3, 2, grad=("w1",)), FLOAT32),
     Case("expert_mlp", "narrow", "sizes below every block", _mlp(3, 1, 2, 2, 1), FLOAT32),
