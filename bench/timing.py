@@ -44,6 +44,8 @@ def in_turns(
     The order rotates, so that nobody always runs behind the same neighbour. Call each once before: this is no warm-up.
     clock: of CLOCKS, for a CPU, or a GpuClock; a GPU is timed by its own events whatever it is.
     """
+    if not functions:  # none could take the shape
+        return {}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     if device.type == "cuda" and not isinstance(clock, GpuClock):
         clock = GpuClock(device)
