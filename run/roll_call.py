@@ -102,12 +102,13 @@ def _call(store, world_size, deadline, timeout, mine, disagreement) -> Assembly:
     """Rank 0: wait for all, compare, answer."""
     token, host = secrets.token_hex(8), socket.gethostname()
     present: dict[int, tuple[Line, dict]] = {}
+    left: list[int] = []  # ranks that were here and are not any more
     with listen() as door, _mark(mine.folder, token) as refused, selectors.DefaultSelector() as selector:
         selector.register(door, selectors.EVENT_READ)
         addresses = [own_address(os.environ.get("MASTER_ADDR", host)), os.environ.get("MASTER_ADDR", host), host]
         store.set(_KEY, json.dumps({"token": token, "addresses": addresses, "port": door.getsockname()[1]}))
-        while len(present) < world_size - 1 and (left := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(timeout=left):
+        while len(present) < world_size - 1 and not left and (seconds := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(timeout=seconds):
                 if key.fileobj is door:
                     line = Line(door.accept()[0])
                     selector.register(line.sock, selectors.EVENT_READ, line)
@@ -118,9 +119,11 @@ def _call(store, world_size, deadline, timeout, mine, disagreement) -> Assembly:
                         present[hello["rank"]] = key.data, hello
                 if not stands:
                     selector.unregister(key.fileobj)
-                    present = {rank: (line, hello) for rank, (line, hello) in present.items() if line is not key.data}
+                    left += [rank for rank, (line, _) in present.items() if line is key.data]
     hosts = [host] + [present[rank][1]["host"] if rank in present else "?" for rank in range(1, world_size)]
     refused = refused or mine.refused or _first_refusal(present, hosts)
+    if left:
+        refused = refused or f"rank {left[0]} on {hosts[left[0]]} was lost while the others were waited for"
     if absent := [rank for rank in range(1, world_size) if rank not in present]:
         refused = refused or f"rank {', '.join(map(str, absent))} did not come within {timeout:.0f} s (--timeout)"
     refused = refused or disagreement([mine.facts] + [present[rank][1]["facts"] for rank in sorted(present)])

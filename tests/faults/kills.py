@@ -70,6 +70,8 @@ def disturbed(model: str, steps: int, count: int, seed: int, folder: Path) -> li
             time.sleep(delay)
             alive = run.processes[victim].is_alive()
             os.kill(run.processes[victim].pid, signal.SIGKILL) if alive else None
+            if step == 0:  # some may not have met yet: torchrun would end them
+                run.kill(signal.SIGTERM, [rank for rank in range(RANKS) if rank != victim])
             statuses, text = run.end()
         said.append(f"rank {victim} after step {steps_done(folder)}: statuses {statuses}")
         assert statuses[victim] == -signal.SIGKILL and 0 not in statuses and None not in statuses, text

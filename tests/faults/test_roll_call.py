@@ -11,6 +11,7 @@ from heiretsu.data.batches import TokenDataset
 from heiretsu.model.options import parse_args
 from heiretsu.run import roll_call
 from heiretsu.run.agreement import disagreement, facts
+from heiretsu.run.lines import connect
 from heiretsu.run.roll_call import Report, roll_call_over
 from tests.faults.launch import TINY, last_line, run_to_the_end
 
@@ -97,6 +98,22 @@ def test_a_rank_that_does_not_come_is_named_by_the_others(record_property):
     zero, _, two = called([Report({}), None, Report({})], timeout=1.0)
     record_property("outcome", zero.refused)
     assert zero.refused == two.refused == "rank 1 did not come within 1 s (--timeout)"
+
+
+def test_a_rank_that_dies_while_others_are_waited_for_is_named_at_once(record_property):
+    record_property("fault", "rank 1 of 3 dies after it has reported, rank 2 is not there yet")
+    store, found = dist.HashStore(), []
+    arguments = (store, 0, 3, 60.0, Report({}), disagreement)
+    caller = threading.Thread(target=lambda: found.append(roll_call_over(*arguments)))
+    caller.start()
+    place = json.loads(store.get("heiretsu/roll call"))
+    line = connect(place["addresses"], place["port"], 5.0)
+    line.send({"token": place["token"], "rank": 1, "host": "elsewhere", "facts": {}, "refused": "", "sees": True})
+    line.close()
+    caller.join(30)
+    assert not caller.is_alive()
+    record_property("outcome", found[0].refused)
+    assert found[0].refused == "rank 1 on elsewhere was lost while the others were waited for"
 
 
 def test_without_rank_0_the_others_say_so(record_property):
