@@ -35,6 +35,7 @@ PRODUCT = [
     "train.py", "sample.py", "modal_train.py", "model/*.py", "parallel/**/*.py", "data/*.py", "run/**/*.py",
     "kernels/plain.py", "kernels/fused.py", "kernels/*arguments.py", "kernels/cpu_*.py",
 ]  # fmt: skip
+IMPORT = "its import alone"  # no test has this name: the file is collected, and nothing is run
 FIRST_BUNDLE_S = 3.0  # most edits are seen by the first few tests: no need to import the files of all the others
 
 
@@ -56,7 +57,8 @@ class Session:
     reach: Reach
     budget_s: float
     lock: threading.Lock = field(default_factory=threading.Lock)
-    green: dict[str, bool] = field(default_factory=dict)  # test -> it passes without any edit
+    green: dict[str, bool] = field(default_factory=dict)  # tests -> they pass without any edit
+    red: set[str] = field(default_factory=set)  # tests, and files, that do not
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -192,30 +194,47 @@ def try_edit(copy: Copy, session: Session, edit: Edit) -> Verdict:
     files = {edit.file: edit.apply(session.sources[edit.file])}
     bundles, left_out = _bundles(edit, tests, beside, session)
     for bundle in bundles:
-        while any(bundle.values()):
+        while bundle:
             answer = copy.run(bundle, files, session.reach.seconds)
             if answer["verdict"] == "green":
                 break
             if answer["verdict"] == "broken":
                 raise RuntimeError(f"{edit}: {answer['why']}\n{copy.output()}")
-            test = answer["test"]
-            if _is_green(copy, session, test):
-                return Verdict(edit, True, test, answer["why"])
-            bundle = {file: [name for name in names if name != test] for file, names in bundle.items()}
+            blamed = blamed_for(answer["test"], bundle)
+            if _is_green(copy, session, blamed):
+                return Verdict(edit, True, answer["test"], answer["why"])
+            bundle = without(bundle, blamed)
     note = f" within the budget, {left_out} more reach it" if left_out else ""
     return Verdict(edit, False, f"{len(tests | beside) - left_out} tests{note}")
 
 
-def _is_green(copy: Copy, session: Session, test: str) -> bool:
-    """That a test passes without any edit, seen once; what fails outside of tests was green when it was measured."""
-    if "::" not in test:
-        return True
-    if test not in session.green:
-        answer = copy.run({test.partition("::")[0]: [test]}, seconds=session.reach.seconds)
-        session.green[test] = answer["verdict"] == "green"
-        if not session.green[test]:
-            print(f"{test} fails without any edit, and judges none: {answer['why']}", flush=True)
-    return session.green[test]
+def blamed_for(test: str, bundle: dict[str, list[str]]) -> dict[str, list[str]]:
+    """What to run to see whether it fails without any edit: the test, its file's import, or, of a process that died
+    elsewhere, all."""
+    if "::" in test:
+        return {test.partition("::")[0]: [test]}
+    if test == "collection":
+        return {file: [IMPORT] for file in bundle}
+    return {test: [IMPORT]} if test in bundle else bundle
+
+
+def without(bundle: dict[str, list[str]], blamed: dict[str, list[str]]) -> dict[str, list[str]]:
+    gone = {name for names in blamed.values() for name in names}
+    left = {file: [name for name in names if name not in gone] for file, names in bundle.items()}
+    imports = {file for file, names in blamed.items() if not set(names) & set(bundle[file])}
+    return {file: names for file, names in left.items() if names and file not in imports}
+
+
+def _is_green(copy: Copy, session: Session, tests: dict[str, list[str]]) -> bool:
+    """That tests pass without any edit, seen once."""
+    key = json.dumps(tests)
+    if key not in session.green:
+        answer = copy.run(tests, seconds=session.reach.seconds)
+        session.green[key] = answer["verdict"] == "green"
+        if not session.green[key]:
+            print(f"fails without any edit, and judges none: {answer['test']}: {answer['why']}", flush=True)
+            session.red |= {answer["test"], *tests} if "::" not in answer["test"] else {answer["test"]}
+    return session.green[key]
 
 
 def _bundles(edit: Edit, tests: set[str], beside: set[str], session: Session) -> tuple[list[dict[str, list[str]]], int]:
@@ -223,8 +242,9 @@ def _bundles(edit: Edit, tests: set[str], beside: set[str], session: Session) ->
     seconds = session.reach.seconds
     by_file: dict[str, list[str]] = {}
     for test in sorted(tests | beside, key=lambda test: (seconds[test], test)):
-        if session.green.get(test, True):
-            by_file.setdefault(test.partition("::")[0], []).append(test)
+        file = test.partition("::")[0]
+        if not session.red & {test, file}:
+            by_file.setdefault(file, []).append(test)
     path = Path(edit.file)
     own = Path("tests", path.parent, f"test_{path.name}").as_posix()
 

@@ -87,7 +87,7 @@ class Reach:
         if here:
             found = _union(lines, here)
             # A line may be new since it was measured, or one that only torch.compile reads.
-            return found, set() if found else _union(lines, edit.scope or bodies)
+            return found, set() if found else _union(lines, bodies & set(edit.scope))
         inside = _union(lines, bodies & set(edit.scope) if edit.scope else bodies)
         return inside, self.importers[edit.file] - inside
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutation.__main__ import draw_edits, main
+from tests.mutation.__main__ import IMPORT, blamed_for, draw_edits, main, without
 from tests.mutation.edits import edits_of
 from tests.mutation.equal import read_equal
 
@@ -125,6 +125,18 @@ def test_a_seed_draws_the_same_edits_and_none_that_is_listed_as_equal(tmp_path):
     everything, skipped = draw(1, 100)
     assert set(everything) == set(edits) - equal and skipped == 1
     assert draw(1, 4) == draw(1, 4) != draw(2, 4) and len(draw(1, 4)[0]) == 4
+
+
+def test_what_fails_without_any_edit_is_left_out_and_the_rest_still_judges():
+    bundle = {"a.py": ["a.py::x", "a.py::y"], "b.py": ["b.py::z"]}
+    for test, blamed, left in (
+        ("a.py::x", {"a.py": ["a.py::x"]}, {"a.py": ["a.py::y"], "b.py": ["b.py::z"]}),
+        ("b.py::z", {"b.py": ["b.py::z"]}, {"a.py": ["a.py::x", "a.py::y"]}),
+        ("a.py", {"a.py": [IMPORT]}, {"b.py": ["b.py::z"]}),
+        ("collection", {"a.py": [IMPORT], "b.py": [IMPORT]}, {}),
+        ("", bundle, {}),
+    ):
+        assert blamed_for(test, bundle) == blamed and without(bundle, blamed) == left
 
 
 def test_a_killed_run_leaves_the_tree_and_no_process(toy):
