@@ -34,11 +34,8 @@ def chosen(rehearse: bool) -> list[Workload]:
     attention, mixture = workloads.attention, workloads.expert_mlp
     if rehearse:
         return [
-            attention("H=2 D=16", 1, 2, 32, 16),
             attention("H=4:1 D=16", 1, 4, 32, 16, Hkv=1),
-            workloads.bias_gelu("tiny", 8, 32),
             workloads.layer_norm("tiny", 8, 32),
-            workloads.dropout("tiny", 2, 4, 16),
             workloads.route("tiny", 16, 4, 2),
             mixture("tiny", 16, 16, 32, 4, "balanced"),
             workloads.linear_cross_entropy("tiny", 8, 16, V=50),

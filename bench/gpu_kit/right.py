@@ -28,9 +28,9 @@ SANITIZERS = ("memcheck", "racecheck")
 
 def items(kit: Kit, group: str) -> list[Item]:
     if forms.INTERPRETED:
-        from tests.kernels.interpreter import mend
+        from tests.kernels.interpreter import watch
 
-        mend()
+        watch()
     return {"rows": row_items, "large": large_items, "sanitizer": sanitizer_items}[group](kit)
 
 

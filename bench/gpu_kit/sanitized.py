@@ -15,9 +15,9 @@ from tests.kernels.parity import dtype_name, run
 
 def main(device: str, rehearse: bool) -> None:
     if forms.INTERPRETED:
-        from tests.kernels.interpreter import mend
+        from tests.kernels.interpreter import watch
 
-        mend()
+        watch()
     rows = [(case, dtype) for dtype in (torch.bfloat16, torch.float32) for case in all_cases() if case.emulate]
     rows = [(case, dtype) for case, dtype in rows if dtype in case.dtypes]
     for case, dtype in rows[:1] if rehearse else rows:
