@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 import train as train_script
 from heiretsu.kernels import plain
@@ -133,3 +134,16 @@ def test_every_size_that_differs_is_refused_by_name_though_the_shapes_fit(tmp_pa
         for load in (checkpoint.load, checkpoint.load_parameters):
             with pytest.raises(ValueError, match=complaint):
                 load(path, engine, theirs)
+
+
+def test_the_optimizers_step_lies_beside_its_parameter(tmp_path, monkeypatch):
+    """Where the fused update counts it up: on CUDA it refuses one on the CPU. Parameters without memory stand in."""
+    _, config, path = saved(tmp_path)
+    engine = build_engine(config, abstract_mesh(), plain)
+    for stage in engine.stages:
+        stage.to("meta")
+    engine.params = {name: param for stage in engine.stages for name, param in stage.named_parameters()}
+    engine.optimizer = torch.optim.AdamW(list(engine.params.values()))
+    monkeypatch.setattr(checkpoint.dcp, "load", lambda *_, **__: None)
+    checkpoint.load(path, engine, json.loads(config.to_json()))
+    assert {state["step"].device.type for state in engine.optimizer.state.values()} == {"meta"}
