@@ -28,7 +28,7 @@ from heiretsu.run.lines import Line, connect, listen, own_address
 
 _KEY = "heiretsu/roll call"
 _CONNECT_S = 5.0
-_VISIBLE_S = 10.0  # for a file to be seen on another node: file systems keep what they have heard for a few seconds
+_VISIBLE_S = 5.0  # for a file to be seen on another node, whose file system may still show what it knew before
 
 
 @dataclass(frozen=True)

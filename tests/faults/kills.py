@@ -74,6 +74,7 @@ def disturbed(model: str, steps: int, count: int, seed: int, folder: Path) -> li
                 run.kill(signal.SIGTERM, [rank for rank in range(RANKS) if rank != victim])
             statuses, text = run.end()
         said.append(f"rank {victim} after step {steps_done(folder)}: statuses {statuses}")
+        print(f"{model}: kill {number + 1} of {count}, {said[-1]}", flush=True)
         assert statuses[victim] == -signal.SIGKILL and 0 not in statuses and None not in statuses, text
     statuses, text = run_to_the_end(flags, RANKS, folder / "last life")
     assert statuses == [0] * RANKS, text
@@ -96,6 +97,7 @@ def under_torchrun(model: str, steps: int, count: int, seed: int, folder: Path) 
             killed.add(pid)
             os.kill(pid, signal.SIGKILL)
             said.append(f"rank {victim} after step {steps_done(folder)}")
+            print(f"{model}: {said[-1]}", flush=True)
     text, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, text
     return said
@@ -139,7 +141,7 @@ def main() -> None:
         how = under_torchrun if asked.torchrun else disturbed
         said, wrong = compare(model, asked.steps, asked.count, asked.seed, how)
         verdict = f"{len(wrong)} parameters differ: {wrong[:3]}" if wrong else "the same final parameters, bitwise"
-        print(*said, f"{model}: {len(said)} kills, {verdict}, {time.monotonic() - began:.0f} s", sep="\n", flush=True)
+        print(f"{model}: {len(said)} kills, {verdict}, {time.monotonic() - began:.0f} s", flush=True)
         bad |= bool(wrong)
     sys.exit(int(bad))
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -16,8 +17,8 @@ from heiretsu.run.roll_call import Report, roll_call_over
 from tests.faults.launch import TINY, last_line, run_to_the_end
 
 
-def called(reports, timeout=30.0, store=None):
-    """Each rank's Assembly, or the ValueError that it raised; ranks are threads here."""
+def called(reports, timeout=30.0, store=None, head_start=0.0):
+    """Each rank's Assembly, or the ValueError that it raised; ranks are threads here, rank 0 the last to begin."""
     store, found = store or dist.HashStore(), [None] * len(reports)
 
     def take_part(rank):
@@ -27,7 +28,8 @@ def called(reports, timeout=30.0, store=None):
             found[rank] = error
 
     threads = [threading.Thread(target=take_part, args=[rank]) for rank in range(len(reports)) if reports[rank]]
-    for thread in threads:
+    for thread in reversed(threads):
+        time.sleep(head_start if thread is threads[0] else 0.0)
         thread.start()
     for thread in threads:
         thread.join()
@@ -130,7 +132,7 @@ def test_what_a_last_generation_left_in_the_store_is_passed_over(record_property
     record_property("fault", "the store of a run that torchrun restarted")
     store = dist.HashStore()
     first = called([Report({}), Report({})], store=store)
-    again = called([Report({}), Report({})], store=store)
+    again = called([Report({}), Report({})], store=store, head_start=0.5)  # rank 1 finds the old address
     record_property("outcome", "met again, under a prefix of their own")
     assert {a.token for a in first} != {a.token for a in again} and len({a.token for a in again}) == 1
     assert all(assembly.refused == "" for assembly in again)
