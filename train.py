@@ -200,13 +200,14 @@ def train(
     def note() -> int:
         return stop.note() | saver.note()
 
+    engine.note = note
     with StepProfiler(config.profile, mesh, config.memory_snapshot) as profiler:
         for step in range(first_step, config.max_iters):
             began = time.perf_counter()
             lr = learning_rate(config, step)
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
-            report = engine.step(read_batches(config, mesh, train_data, step), note)
+            report = engine.step(read_batches(config, mesh, train_data, step))
             seconds = time.perf_counter() - began
             last = step + 1 == config.max_iters
             record = {"step": step, "loss": report.loss, "aux_loss": report.aux_loss, "grad_norm": report.grad_norm}

@@ -52,7 +52,8 @@ class Engine:
 
     stages: this rank's ranges of layers, one or several. hidden_size, hidden_dtype: of what travels
     between stages. schedule: of compute actions, for all stages. grad_clip: largest gradient norm, 0 for no clipping.
-    optimizer: made by the caller over `engine.params`.
+    optimizer: made by the caller over `engine.params`. note: set by the caller, is asked at the end of each step for a
+    small integer that this rank tells all others; it travels with the step's sums.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Engine:
         validate(program)
         self.actions = program[mesh.pp.index]
         self.optimizer: torch.optim.Optimizer | None = None
+        self.note: Callable[[], int] = no_note
 
     @property
     def grads(self) -> dict[str, torch.Tensor]:
@@ -93,11 +95,8 @@ class Engine:
             self.averager.finish()
         return totals
 
-    def step(self, batches: Sequence[Microbatch], note: Callable[[], int] = no_note) -> StepReport:
-        """One optimizer step on this rank's microbatches of the global batch.
-
-        note: asked at the end for a small integer that this rank tells all others; it travels with the step's sums.
-        """
+    def step(self, batches: Sequence[Microbatch]) -> StepReport:
+        """One optimizer step on this rank's microbatches of the global batch."""
         began, waited = time.monotonic(), ACTIVITY.waited_s
         with region(f"step {batches[0].step + 1}"):
             totals = self.accumulate(batches)
@@ -109,7 +108,7 @@ class Engine:
                 if not skipped:
                     self._apply(norm)
             self.scaler.update(skipped)
-            told = [compute_s, note(), skipped]
+            told = [compute_s, self.note(), skipped]
             loss, aux_loss, expert_load, by_rank = self._means(totals, len(batches), told)
             seconds, notes, skips = zip(*by_rank, strict=True)
             # By what all ranks have just heard, and not by `skipped`: no rank may be alone in a collective.
