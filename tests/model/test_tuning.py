@@ -136,3 +136,10 @@ def test_names_tell_apart_what_is_measured_apart(more, ops):
         kernel_calls(parse_args(f, world_size=1), abstract_mesh(), plain) for f in (flags, [*flags, *more.split()])
     )
     assert {name.split()[0] for name in here.keys() - there.keys()} == ops
+
+
+def test_what_is_measured_lies_on_the_meshs_device_whatever_the_default_is():
+    config = parse_args([*SMALL, *EXPERTS, "--dropout", "0.1"], world_size=1)
+    with torch.device("meta"):
+        for name, make in kernel_calls(config, abstract_mesh(), plain).items():
+            assert {tensor.device.type for tensor in make()().values()} == {"cpu"}, name
