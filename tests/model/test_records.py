@@ -11,6 +11,7 @@ import torch
 from heiretsu.kernels import cpu_attention, cpu_cross_entropy, cpu_moe, cpu_pointwise, fused, plain, random
 from heiretsu.model import build, config, gpt
 from heiretsu.parallel import data as data_parallel
+from heiretsu.parallel.engine import StepReport
 
 # Those whose fields are set again while a run goes on. Every other dataclass is frozen.
 CHANGING = {"LossScaler", "_Bucket", "Totals", "_InFlight", "Meeting", "Saving", "Peer"}
@@ -106,3 +107,8 @@ SIZES = {  # Radford et al. 2019, table 2; heads from the released checkpoints
 def test_presets_are_the_released_sizes():
     names = ("n_layer", "n_head", "n_embed", "block_size")
     assert {preset: tuple(sizes[name] for name in names) for preset, sizes in config.PRESETS.items()} == SIZES
+
+
+def test_a_report_of_a_step_says_no_more_than_it_was_told():
+    report = StepReport(2.0, 0.5, 1.0, False)
+    assert dataclasses.astuple(report) == (2.0, 0.5, 1.0, False, 1.0, None, "", (0.0,), (0,))
