@@ -61,7 +61,10 @@ def check_changes(
     config: RunConfig, as_json: dict[str, Any], origin: Origin, data: str, say: Callable[[str], None]
 ) -> None:
     """Say what decides the numbers and has changed since the checkpoint. ValueError unless --allow_changes."""
-    changed = [] if origin.path is None else changes(read_run(origin.path), as_json, data)
+    saved = None if origin.path is None else read_run(origin.path)
+    if saved is None or saved["step"] >= config.max_iters:  # nothing is left that could come out otherwise
+        return
+    changed = changes(saved, as_json, data)
     if changed and not config.allow_changes:
         raise ValueError(
             f"{origin.path}: going on would not give the run that was saved: {', '.join(changed)}: give what it had, "
