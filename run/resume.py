@@ -62,7 +62,8 @@ def check_changes(
 ) -> None:
     """Say what decides the numbers and has changed since the checkpoint. ValueError unless --allow_changes."""
     saved = None if origin.path is None else read_run(origin.path)
-    if saved is None or saved["step"] >= config.max_iters:  # nothing is left that could come out otherwise
+    # An imported checkpoint of step 0 has no numbers yet, and a run without steps left will have no others.
+    if saved is None or saved["step"] == 0 or saved["step"] >= config.max_iters:
         return
     changed = changes(saved, as_json, data)
     if changed and not config.allow_changes:
