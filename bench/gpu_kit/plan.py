@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-FILES = ("figures.jsonl", "report.md", "summary.txt", "log.txt", "charts (*.png)", "trace.json.gz")
-
 
 @dataclass(frozen=True)
 class Group:

@@ -118,7 +118,9 @@ def stand_in_sanitizer(folder: Path) -> list[str]:
     script = folder / "sanitizer.py"
     script.write_text(
         "import subprocess, sys\n"
-        "command = sys.argv[sys.argv.index('--') + 1:]\n"
+        "command = sys.argv[1:]\n"
+        "while command[0].startswith('--'):\n"
+        "    command = command[2:]\n"
         "status = subprocess.run(command).returncode\n"
         "print('========= ERROR SUMMARY: 0 errors')\n"
         "sys.exit(status)\n"

@@ -8,6 +8,7 @@ offsets beyond 2**31 elements. sanitizer: a few rows under compute-sanitizer's m
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import subprocess
 
@@ -145,7 +146,7 @@ def sanitizer_items(kit: Kit) -> list[Item]:
 
 
 def sanitize(kit: Kit, command: list[str], tool: str) -> None:
-    words = [*command, "--tool", tool, "--error-exitcode", "86", "--print-limit", "5", "--"]
+    words = [*command, "--tool", tool, "--error-exitcode", "86", "--print-limit", "5"]
     words += [kit.python, "-m", "heiretsu.bench.gpu_kit.sanitized", str(kit.torch_device), str(int(kit.rehearse))]
     environment = kit.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1", TRITON_ALWAYS_COMPILE="0")
     limit = max(10.0, kit.seconds_left())
@@ -157,10 +158,20 @@ def sanitize(kit: Kit, command: list[str], tool: str) -> None:
         return
     text = done.stdout + done.stderr
     print(text)
-    if "Device not supported" in text or "ERROR SUMMARY" not in text:
+    clean, problem = verdict(text, done.returncode)
+    if clean is None:
         last = (text.strip().splitlines() or ["it said nothing"])[-1]
         kit.absent(f"compute-sanitizer {tool}", f"it does not work on this machine: {last[:200]}")
         return
-    errors = [line for line in text.splitlines() if line.startswith("=========") and "ERROR SUMMARY: 0 " not in line]
-    clean = done.returncode == 0 and "ERROR SUMMARY: 0 errors" in text
-    kit.check(clean, "" if clean else " | ".join(errors[:12]), rows=text.count("row "))
+    kit.check(clean, problem, rows=text.count("row "))
+
+
+def verdict(text: str, status: int) -> tuple[bool | None, str]:
+    """(whether the tool found nothing, what it found); None where it did not work. Each tool has its own words."""
+    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+    if summary is None or "Device not supported" in text:
+        return None, ""
+    if status == 0 and summary[1] == "0":
+        return True, ""
+    said = [line.removeprefix("=========").strip() for line in text.splitlines() if line.startswith("=========")]
+    return False, f"status {status}: " + " | ".join(line for line in said if line)[:1500]

@@ -153,6 +153,22 @@ def test_an_op_of_ours_that_is_wrong_is_a_failure_of_the_timing_too(kit, monkeyp
     assert lines.failures(found)[0]["kind"] == "wrong"
 
 
+@pytest.mark.parametrize(
+    "text, status, clean",
+    [
+        ("row a\n========= ERROR SUMMARY: 0 errors", 0, True),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, True),
+        ("========= Invalid __global__ read of size 2\n========= ERROR SUMMARY: 3 errors", 86, False),
+        ("========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", 86, False),
+        ("Traceback ...\n========= ERROR SUMMARY: 0 errors", 1, False),
+        ("========= Error: Device not supported. Please refer to the documentation", 1, None),
+    ],
+)
+def test_what_a_sanitizer_says_is_read(text, status, clean):
+    found, problem = right.verdict(text, status)
+    assert found is clean and bool(problem) == (clean is False)
+
+
 # ---- offsets
 
 
