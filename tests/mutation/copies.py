@@ -47,13 +47,23 @@ class Copy:
         self._process.stdin.close()
         self._process.wait()
 
-    def run(self, tests: dict[str, list[str]], files=None, seconds=None, trace: bool = False, functions=None) -> dict:
+    def run(
+        self,
+        tests: dict[str, list[str]],
+        files=None,
+        seconds=None,
+        trace: bool = False,
+        functions=None,
+        patience: float = 1.0,
+    ) -> dict:
         """Run tests ({file: node ids}, all of a file for an empty list), with some of the copy's files edited.
 
-        files: {path: text}. seconds: {node id: measured time}. functions: run only these. See warm.py for the answer.
+        files: {path: text}. seconds: {node id: measured time}. functions: run only these. patience: times the limit.
+        See warm.py for the answer.
         """
         measured = seconds or {}
-        limits = {test: self.patience_s + SLOWER * measured.get(test, 0.0) for file in tests.values() for test in file}
+        every = [test for names in tests.values() for test in names]
+        limits = {test: patience * (self.patience_s + SLOWER * measured.get(test, 0.0)) for test in every}
         if trace:
             shutil.rmtree(self.trace, ignore_errors=True)
             self.trace.mkdir()

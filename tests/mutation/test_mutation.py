@@ -24,8 +24,10 @@ def clamp(x, limit=5):
 
 
 def countdown(n):
-    while n:
-        n -= 1
+    while True:
+        n = n - 1
+        if n < 1:
+            break
     return "done"
 
 
@@ -78,8 +80,8 @@ def contents(root):
 
 def test_it_finds_what_no_test_sees_and_leaves_the_tree_as_it_was(toy, capsys):
     before, out = contents(toy), toy.parent / "verdicts.json"
-    lines = [f"model/thing.py:{line}" for line in (3, 10, 11, 15)]
-    options = ["--root", str(toy), "--jobs", "1", "--json", str(out), "--patience", "2", *WARM]
+    lines = [f"model/thing.py:{line}" for line in (3, 12, 13, 17)]
+    options = ["--root", str(toy), "--jobs", "1", "--json", str(out), "--patience", "1", *WARM]
     assert main([*options, "--edits", *lines]) == 0
     assert contents(toy) == before
     verdicts = {row["edit"].partition(": ")[2]: row for row in json.loads(out.read_text())}
@@ -87,25 +89,19 @@ def test_it_finds_what_no_test_sees_and_leaves_the_tree_as_it_was(toy, capsys):
     assert {edit: row["by"] for edit, row in verdicts.items()} == {
         "if x > limit:  ->  if x >= limit:": "2 tests",  # an equal program; a fixture of the file reaches it
         "if x > limit:  ->  if x <= limit:": f"{file}test_clamp",
-        "n -= 1  ->  pass": f"{file}test_countdown_in_another_process",
-        "n -= 1  ->  n += 1": f"{file}test_countdown_in_another_process",
-        "n -= 1  ->  n -= 2": f"{file}test_countdown_in_another_process",
+        "break  ->  pass": f"{file}test_countdown_in_another_process",
         "return \"done\"  ->  return 'doneX'": f"{file}test_countdown_in_another_process",
         "return not n  ->  return n": "as no test reaches it",
     }
-    assert [edit for edit, row in verdicts.items() if row["why"] == "time limit"] == [
-        "n -= 1  ->  pass",
-        "n -= 1  ->  n += 1",
-        "n -= 1  ->  n -= 2",
-    ]
+    assert [edit for edit, row in verdicts.items() if row["why"] == "time limit"] == ["break  ->  pass"]
     assert {edit for edit, row in verdicts.items() if not row["caught"]} == {
         "if x > limit:  ->  if x >= limit:",
         "return not n  ->  return n",
     }
     said = capsys.readouterr().out
     assert "NOT GREEN without an edit: tests/model/test_thing.py::test_that_fails_without_any_edit" in said
-    assert "model/thing.py:15: return not n  ->  return n" in said.partition("Survivors:")[2]
-    assert "5 of 7 caught (71.4%), 3 of them by the time limit" in said
+    assert "model/thing.py:17: return not n  ->  return n" in said.partition("Survivors:")[2]
+    assert "3 of 5 caught (60.0%), 1 of them by the time limit" in said
 
 
 def test_a_seed_draws_the_same_edits_and_none_that_is_listed_as_equal(tmp_path):
