@@ -95,7 +95,7 @@ def goes_on_where_it_was(job: Job, first: int, slurm: Slurm) -> None:
 @pytest.fixture(scope="module")
 def near_its_limit(slurm):
     """Submitted first of all, because Slurm knows no time limit below a minute, and looks every half minute."""
-    options = ("--time=1", "--signal=B:USR1@40")
+    options = ("--time=2", "--signal=B:USR1@80")
     return Job(slurm, "limit", *ENDLESS, "--dp", "2", "--keep", "100000", options=options)
 
 
@@ -165,6 +165,7 @@ def kill_step(slurm: Slurm, job: int) -> None:
 def test_a_job_near_its_time_limit_saves_and_goes_back_in_the_queue(slurm, near_its_limit, row):
     job = near_its_limit
     job.until(lambda: "back in the queue" in job.output, "return to the queue")
+    slurm.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")  # not again, on a machine that is slow now
     assert re.search(r"stopped by SIGUSR1: go on with --resume auto\nsaved .*step_\d+", job.output), job.output
     goes_on_where_it_was(job, job.until_resumed(), slurm)
     row("slurm limit", "warned, saved, back in the queue, and on in the same log")
