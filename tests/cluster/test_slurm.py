@@ -58,8 +58,9 @@ class Job:
 
     def until_resumed(self) -> int:
         """The step with which it goes on, once it has gone on for ten steps."""
-        self.until(lambda: "resumed" in self.output, "line that says that it resumed")
-        first = int(re.search(r"resumed .*: (\d+) of", self.output).group(1))
+        line = re.compile(r"^resumed .*: (\d+) of", re.M)
+        self.until(lambda: line.search(self.output), "line that says that it resumed")
+        first = int(line.search(self.output).group(1))
         self.until_step(first + 10)
         return first
 
