@@ -146,22 +146,27 @@ def _call(rank: int, address: str, port: int, deadline: float) -> Meeting:
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((address, port), timeout=left) as connection:
-                connection.sendall(json.dumps(asdict(Node(rank, here, problem))).encode() + b"\n")
-                # Node 0 waits as long as we do, and may have begun later.
-                connection.settimeout(2 * left + 5)
-                answer = connection.makefile().readline()
-                if answer:
-                    return Meeting(**json.loads(answer))
-                why = "it hung up"
+                # Node 0 waits as long as we do, and may have begun as much later.
+                if (meeting := _report(connection, Node(rank, here, problem), 2 * left)) is not None:
+                    return meeting
+            why = "what listens there does not answer as node 0 does"
         except TimeoutError:
             why = "no answer: is it down, or the cable, or a firewall between?"
         except OSError as error:
             why = error.strerror or str(error)
-        except (ValueError, TypeError):
-            why = "something else than node 0 answers there"
         time.sleep(min(RETRY_S, max(0.0, left)))
     waited = time.monotonic() - began
     raise ValueError(f"host {here}: node 0 not reached at {address}:{port} in {waited:.0f} s ({why})")
+
+
+def _report(connection: socket.socket, node: Node, patience_s: float) -> Meeting | None:
+    """What node 0 answers; None if it is not node 0, or ends before."""
+    try:
+        connection.sendall(json.dumps(asdict(node)).encode() + b"\n")
+        connection.settimeout(patience_s)
+        return Meeting(**json.loads(connection.makefile().readline()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _tell_gloo(route_to: str | None) -> None:
