@@ -230,6 +230,20 @@ def test_a_wrong_argument_is_refused_alike_by_every_form(sample, changes, line):
             pytest.fail(f"{name} took it")
 
 
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_what_is_no_tensor_or_of_no_such_dtype_is_named(sample):
+    op, build = SAMPLES[sample]
+    values, checked_as = build(5), op.removesuffix("_lse")
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            for wrong, what in (
+                ("text", r"a str; it must be a tensor \("),
+                (value.detach().bool(), "bool; it must be"),
+            ):
+                with pytest.raises(ValueError, match=f"^{checked_as}: {name} is {what}"):
+                    getattr(plain, op)(**values | {name: wrong})
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_form_is_checked_and_has_the_signature_of_the_specification(op):
     """What a check does not name, or a form lets pass, would be refused by nobody."""

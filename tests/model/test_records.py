@@ -8,7 +8,7 @@ import pkgutil
 import pytest
 import torch
 
-from heiretsu.kernels import cpu_attention, cpu_cross_entropy, cpu_moe, cpu_pointwise, fused, plain, random
+from heiretsu.kernels import plain, random
 from heiretsu.model import build, config, gpt
 from heiretsu.parallel import data as data_parallel
 from heiretsu.parallel.engine import StepReport
@@ -38,41 +38,9 @@ def test_dropout_of_attention_is_frozen():
         random.Dropout(0.1, 0, 0, 0).p = 0.2
 
 
-FORMS = {
-    "attention": cpu_attention,
-    "attention_lse": cpu_attention,
-    "route": cpu_moe,
-    "expert_mlp": cpu_moe,
-    "bias_gelu": cpu_pointwise,
-    "dropout": cpu_pointwise,
-    "layer_norm": cpu_pointwise,
-    "linear_cross_entropy": cpu_cross_entropy,
-}
-
-
-@pytest.mark.parametrize("op", FORMS)
-def test_forms_take_what_the_specification_takes_and_leave_out_the_same(op):
-    """The chosen form is called with what the caller gave: a default of its own would be another op."""
-
-    def signature(function):
-        return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
-
-    specified = signature(getattr(plain, op))
-    assert signature(getattr(FORMS[op], op)) == specified
-    assert signature(getattr(fused, op)) == specified
-    if fused.HAS_TRITON:
-        from tests.kernels.forms import triton_form
-
-        assert signature(triton_form(op)) == specified
-
-
 def test_ops_have_the_published_defaults():
-    def defaults(op):
-        parameters = inspect.signature(getattr(plain, op)).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty}
-
     attention = {"causal": True, "scale": None, "dropout_p": 0.0, "seed": 0, "offsets": (0, 0)}
-    assert {op: defaults(op) for op in FORMS} == {
+    published = {
         "attention": attention,
         "attention_lse": attention,
         "route": {},
@@ -82,6 +50,9 @@ def test_ops_have_the_published_defaults():
         "layer_norm": {"eps": torch.nn.LayerNorm(1).eps, "residual": None},
         "linear_cross_entropy": {"vocab_start": 0},
     }
+    for op, defaults in published.items():
+        parameters = inspect.signature(getattr(plain, op)).parameters.values()
+        assert {p.name: p.default for p in parameters if p.default is not p.empty} == defaults, op
 
 
 def test_numbers_are_those_of_the_papers_and_of_torch():
