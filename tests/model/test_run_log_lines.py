@@ -176,3 +176,28 @@ def test_memory_is_in_mib_wherever_it_comes_from(monkeypatch):
         assert peak_memory_mib(cpu) == mib
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**20)
     assert peak_memory_mib(torch.device("cuda")) == 5.0
+
+
+def test_wandb_gets_the_share_of_each_expert_of_each_layer_and_of_all(monkeypatch):
+    log = RunLog(parse_args([]), abstract_mesh())
+    drawn = []
+    bar = lambda table, x, y, title: drawn.append((table, x, y, title)) or "a chart"  # noqa: E731
+    log.wandb = types.SimpleNamespace(
+        Table=lambda columns, data: (columns, data), plot=types.SimpleNamespace(bar=bar), finish=lambda: None
+    )
+    load = torch.tensor([[1, 3, 0], [2, 2, 4]])
+    found = log._expert_load(StepReport(2.0, 0.0, 1.0, False, expert_load=load))
+    assert found == {
+        "expert_load/layer0/expert0": 0.25,
+        "expert_load/layer0/expert1": 0.75,
+        "expert_load/layer0/expert2": 0.0,
+        "expert_load/layer1/expert0": 0.25,
+        "expert_load/layer1/expert1": 0.25,
+        "expert_load/layer1/expert2": 0.5,
+        "expert_load/chart": "a chart",
+    }
+    (((columns, data), x, y, _),) = drawn
+    assert columns == ["expert", "share"] and (x, y) == ("expert", "share")
+    assert [name for name, _ in data] == ["expert 0", "expert 1", "expert 2"]
+    assert [share for _, share in data] == pytest.approx([3 / 12, 5 / 12, 4 / 12])
+    assert log._expert_load(GOOD) == {}

@@ -207,6 +207,10 @@ def test_a_rank_that_waits_for_what_waits_for_it_is_a_deadlock():
         validate(lower([eager, patient]))
 
 
+def test_a_program_of_nothing_is_complete():
+    validate([[], []])
+
+
 def test_backward_halves_must_both_run():
     program = lower(zero_bubble(2, 2))
     drop(program, 0, Action(BACKWARD_WEIGHT, 1, 0))
