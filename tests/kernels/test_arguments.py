@@ -244,6 +244,17 @@ def test_what_is_no_tensor_or_of_no_such_dtype_is_named(sample):
                     getattr(plain, op)(**values | {name: wrong})
 
 
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_one_dim_too_many_is_named(sample):
+    op, build = SAMPLES[sample]
+    values = build(5)
+    for name, value in values.items():
+        any_dims = op in ("bias_gelu", "layer_norm") and name in ("x", "residual")
+        if isinstance(value, torch.Tensor) and not any_dims:
+            with pytest.raises(ValueError, match=rf"^{op.removesuffix('_lse')}: {name} is .*\(1, "):
+                getattr(plain, op)(**values | {name: value.detach()[None]})
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_form_is_checked_and_has_the_signature_of_the_specification(op):
     """What a check does not name, or a form lets pass, would be refused by nobody."""
