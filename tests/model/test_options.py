@@ -360,7 +360,17 @@ def test_help_tells_defaults_and_a_flag_cannot_be_shortened(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_args(["--help"])
     assert stop.value.code == 0
-    told = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    groups = [
+        "data",
+        "model",
+        "optimisation",
+        "parallelism",
+        "device and precision",
+        "evaluation, logs and checkpoints",
+    ]
+    assert [line[:-1] for line in out.splitlines() if line.endswith(":") and line[0] != " "][-6:] == groups
+    told = " ".join(out.split())
     for text in ("optimizer steps (default: 1000)", "checkpoints kept (default: 2)", "--betas B1 B2"):
         assert text in told
     with pytest.raises(SystemExit):

@@ -33,6 +33,7 @@ def test_ends_are_the_first_and_the_last_stage(rank, ends):
 def sums(mesh):
     """Over each line, the sum of 2**rank: the set of the ranks that it reaches."""
     mine = torch.tensor(2.0**mesh.rank)
+    assert all((getattr(mesh, name).group is None) == (getattr(mesh, name).size == 1) for name in LINES)
     return {name: (getattr(mesh, name).ranks, all_reduce(mine, getattr(mesh, name)).item()) for name in LINES}
 
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from heiretsu.kernels import plain
+from heiretsu.model.build import build_engine
 from heiretsu.parallel.mesh import Axis, abstract_mesh
 from heiretsu.parallel.placement import Placement, Spec, declare, placement_table, shard_bounds
+from tests.training import MIXTURE, run_config
 
 
 def test_a_dim_is_dealt_out_as_torch_chunk_and_so_a_checkpoint_deals_it_out():
@@ -82,3 +85,12 @@ def test_declared_parameters_have_the_shape_of_the_shard_and_their_constant():
     module.register_parameter("forgotten", nn.Parameter(torch.zeros(1)))
     with pytest.raises(AssertionError, match="parameters without a placement: .*forgotten"):
         placement_table(module, mesh)
+
+
+def test_matrices_and_embeddings_decay_and_biases_and_norms_do_not():
+    table = build_engine(run_config(MIXTURE), abstract_mesh(), plain).table
+    kept = {name for name, place in table.items() if not place.spec.decay}
+    assert kept == {
+        name for name in table if name.endswith((".bias", ".b1", ".b2")) or ".ln_" in name or name.startswith("ln_f")
+    }
+    assert {name.rpartition(".")[2] for name in table.keys() - kept} == {"weight", "w1", "w2"}
