@@ -23,7 +23,10 @@ from pathlib import Path
 if __name__ == "__main__" and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]  # this folder's file names are not names for `import`
 if importlib.util.find_spec("heiretsu") is None:
-    sys.exit("heiretsu is not installed: run `pip install --no-deps --no-build-isolation -e .` in the repository")
+    sys.exit(
+        "heiretsu is not installed: run `pip install -e .` in the repository (where there is no network, with --no-deps "
+        "--no-build-isolation), or `make gpu`"
+    )
 if importlib.util.find_spec("torch") is None:
     sys.exit(f"{sys.executable} has no torch: run this with the Python that has it, or `make gpu PYTHON=...`")
 

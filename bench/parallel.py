@@ -25,7 +25,7 @@ from unittest.mock import patch
 if __name__ == "__main__" and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]  # this folder's file names are not names for `import`
 if importlib.util.find_spec("heiretsu") is None:
-    sys.exit("heiretsu is not installed: run `pip install -e .` in the repository")
+    sys.exit("heiretsu is not installed: run `pip install -e .` in the repository, or `make install`")
 
 import torch
 import torch.distributed as dist

@@ -102,7 +102,7 @@ def test_only_the_first_container_of_a_cluster_commits(monkeypatch):
     monkeypatch.setattr(script.checkpoint_volume, "commit", lambda: commits.append(len(ran)))
     for node in (0, 1):
         monkeypatch.setattr(script, "place_in_cluster", lambda node=node: (node, ["fd00::1", "fd00::2"]))
-        script.train.info.raw_f(2, 8, ["--dp", "16"])
+        script.train.local(2, 8, ["--dp", "16"])
     assert ran == [(node, ["fd00::1", "fd00::2"], 8, ["--dp", "16"]) for node in (0, 1)]
     assert commits == [1]
 
@@ -188,7 +188,7 @@ def test_cost_is_flops_over_what_the_gpus_do_in_an_hour():
         ({"top_k": 9}, "A100-40GB", "--top_k 9"),
         ({"n_layers": 24}, "A100-40GB", "--n_layers"),
         ({"dp": 16}, "A100-40GB", "32 GPUs, but a container has at most 8"),
-        ({"n_embed": 8192}, "A100-40GB", "GB a GPU, but A100-40GB has 40: raise tp or pp"),
+        ({"n_embed": 6144}, "A100-40GB", "GB a GPU, but A100-40GB has 40: raise tp or pp"),
         ({"dp": 0}, "A100-40GB", "[0, 1, 1, 2]: each must be a whole number above 0"),
         ({}, "A100-41GB", "GPU 'A100-41GB' is none of"),
     ],
