@@ -24,8 +24,8 @@ if __name__ == "__main__" and os.path.abspath(sys.path[0]) == os.path.dirname(os
     del sys.path[0]  # this folder's file names are not names for `import`
 if importlib.util.find_spec("heiretsu") is None:
     sys.exit(
-        "heiretsu is not installed: run `pip install -e .` in the repository (where there is no network, with --no-deps "
-        "--no-build-isolation), or `make gpu`"
+        "heiretsu is not installed: run `pip install -e .` in the repository (with --no-deps --no-build-isolation if "
+        "it has no network), or `make gpu`"
     )
 if importlib.util.find_spec("torch") is None:
     sys.exit(f"{sys.executable} has no torch: run this with the Python that has it, or `make gpu PYTHON=...`")
