@@ -195,7 +195,7 @@ class Watch:
         """End this process for an exception, at once: destroying the process groups may wait for peers that never
         answer. An exception out of a collective may come of another rank's end, which the watching thread knows."""
         if ACTIVITY.failed_waiting:
-            time.sleep(GRACE_S)
+            time.sleep(2 * GRACE_S)  # the watching thread may wait GRACE_S for this one before it speaks
         with self._once:
             print(f"{self.name}: failed in {ACTIVITY.last_place()}", file=sys.stderr)
             traceback.print_exception(error)

@@ -29,8 +29,9 @@ def steps(mesh, config, first, stop, folder, load=False, save_after=None):
     trace = Trace()
     said: list[str] = []
     saver = Saver(replace(config, checkpoint_dir=str(folder)), engine, as_json, {"run_id": "a"}, said.append)
+    engine.note = saver.note
     for step in range(first, stop):
-        report = engine.step(train_script.read_batches(config, mesh, data, step), saver.note)
+        report = engine.step(train_script.read_batches(config, mesh, data, step))
         trace.losses.append(report.loss)
         trace.grad_norms.append(report.grad_norm)
         saver.after(report)

@@ -307,8 +307,8 @@ MUTATIONS = [
     ),
     Mutation(
         "weights advance along the wrong dim",
-        "w_ptrs += BLOCK_K * stride_wk",
-        "w_ptrs += BLOCK_K * stride_wn",
+        "w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K",
+        "w_ptrs += tl.cast(stride_wn, tl.int64) * BLOCK_K",
         caught_by="three choices",
         file="grouped_gemm.py",
     ),
