@@ -52,14 +52,14 @@ format: $(VENV)/.installed-dev ## let ruff sort imports and lay out the code
 
 types: $(VENV)/.installed-dev ## the type check alone
 	@mkdir -p build/types/heiretsu
-	@for folder in kernels parallel model data run bench; do ln -sfn "$(CURDIR)/$$folder" build/types/heiretsu/$$folder; done
+	@for folder in kernels parallel model data run offgpu bench; do ln -sfn "$(CURDIR)/$$folder" build/types/heiretsu/$$folder; done
 	$(BIN)/mypy -p heiretsu
 	$(BIN)/mypy $(filter-out setup.py,$(wildcard *.py))
 
 emulate: $(VENV)/.installed-dev ## run the compiled kernels' PTX on the emulator, for A100 and H100, and the emulator's own tests
 	$(BIN)/python -m pytest tests/kernels --emulate sm_80 $(ARGS)
 	$(BIN)/python -m pytest tests/kernels --emulate sm_90 $(ARGS)
-	$(BIN)/python -m pytest tests/emulator -m "emulate_full or not emulate_full" $(ARGS)
+	$(BIN)/python -m pytest tests/offgpu/emulator -m "emulate_full or not emulate_full" $(ARGS)
 
 audit: $(VENV)/.installed-dev ## compile every kernel ahead of time and check registers, spills and bounds
 	$(BIN)/python bench/kernels.py --audit $(ARGS)

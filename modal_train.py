@@ -30,7 +30,7 @@ from typing import Any
 try:
     import modal
 
-    from heiretsu.model.options import RunConfig, parse_args
+    from heiretsu.run.options import RunConfig, parse_args
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing}: run `pip install -e .[modal]` in this folder (or `make train`, for a run on this machine)")
 

@@ -18,10 +18,10 @@ try:
     from heiretsu.data.terminal import escape_what_cannot_be_printed
     from heiretsu.data.tokenizer import load_tokenizer
     from heiretsu.kernels import fused, plain
-    from heiretsu.model.generate import generate
-    from heiretsu.model.saved import load_model, newest_in, say_on_stderr
     from heiretsu.parallel.checkpoint import read_run
     from heiretsu.run.device import choose_device
+    from heiretsu.run.sampling import generate
+    from heiretsu.run.saved import load_model, newest_in, say_on_stderr
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: install the checkout first, with `pip install -e .` (or `make install`, which makes a .venv)")
 

@@ -5,7 +5,7 @@ heiretsu itself is an implicit namespace. Everything else about the package is i
 
 from setuptools import find_packages, setup
 
-FOLDERS = ("kernels", "parallel", "model", "data", "run", "bench")
+FOLDERS = ("kernels", "parallel", "model", "data", "run", "offgpu", "bench")
 
 # A folder and the packages inside it: bench, bench.audit, ...
 packages = [name for folder in FOLDERS for name in (folder, *(f"{folder}.{inner}" for inner in find_packages(folder)))]

@@ -5,13 +5,13 @@
     torchrun --standalone --nproc_per_node=2 train.py --ep 2 --num_experts 8
     torchrun --standalone --nproc_per_node=8 train.py --dp 2 --tp 2 --pp 2 --grad_accum_steps 4 --fused --amp bf16
 
-The flags are those of heiretsu.model.options; `python train.py --help` lists them.
+The flags are those of heiretsu.run.options; `python train.py --help` lists them.
 """
 
 import sys
 
 try:
-    from heiretsu.model.options import RunConfig, parse_args, refuse
+    from heiretsu.run.options import RunConfig, parse_args, refuse
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: install the checkout first, with `pip install -e .` (or `make train`, which makes a .venv)")
 
@@ -33,13 +33,7 @@ from heiretsu.data.folder import tokenizer_of
 from heiretsu.data.terminal import escape_what_cannot_be_printed
 from heiretsu.data.tokenizer import load_tokenizer
 from heiretsu.kernels import fused, plain
-from heiretsu.model.build import build_engine, count_parameters
-from heiretsu.model.cpu_memory import keep_freed_memory
-from heiretsu.model.generate import generate
 from heiretsu.model.gpt import GPT
-from heiretsu.model.run_log import RunLog
-from heiretsu.model.saved import newest_in
-from heiretsu.model.tuning import kernel_calls
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, make_mesh
@@ -47,19 +41,25 @@ from heiretsu.parallel.pipeline import Microbatch
 from heiretsu.parallel.profiling import StepProfiler
 from heiretsu.parallel.replicas import first_difference
 from heiretsu.run.agreement import facts
+from heiretsu.run.building import build_engine, count_parameters
+from heiretsu.run.cpu_memory import keep_freed_memory
 from heiretsu.run.device import choose_device
 from heiretsu.run.folders import held_folder, make_folders
 from heiretsu.run.hosts import gather_hosts, placed_rank
 from heiretsu.run.interfaces import use_interface
+from heiretsu.run.log import RunLog
 from heiretsu.run.resume import Origin, check_changes, find_origin, make_room, named_checkpoint
 from heiretsu.run.roll_call import Report
+from heiretsu.run.sampling import generate
+from heiretsu.run.saved import newest_in
 from heiretsu.run.saving import Saver
 from heiretsu.run.stop import Stop
 from heiretsu.run.stragglers import Stragglers
 from heiretsu.run.together import together
+from heiretsu.run.tuning import kernel_calls
 
 if fused.HAS_TRITON:
-    from heiretsu.kernels import autotune, launch
+    from heiretsu.kernels.gpu import autotune, launch
 
 
 def main(config: RunConfig) -> None:

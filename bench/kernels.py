@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_audit(args) -> int:
     if importlib.util.find_spec("triton") is None:
         raise ValueError("--audit needs Triton's compiler, which is published for Linux: pip install triton")
-    from heiretsu.bench.audit import report
+    from heiretsu.offgpu.audit import report
 
     return report.audit(
         args.arch.split(","), args.quick, args.output, args.json, args.audit_file, args.jobs, args.fit_only

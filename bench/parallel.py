@@ -33,12 +33,12 @@ import torch.distributed as dist
 from heiretsu.bench import network, tables
 from heiretsu.bench.wire import BytesSent, waiting
 from heiretsu.kernels import plain
-from heiretsu.model.build import build_engine
-from heiretsu.model.options import RunConfig, parse_args
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import make_mesh, process_groups
 from heiretsu.parallel.pipeline import Microbatch
+from heiretsu.run.building import build_engine
 from heiretsu.run.interfaces import use_interface
+from heiretsu.run.options import RunConfig, parse_args
 
 AXES = ("dp", "tp", "pp", "ep")
 WARMUP_STEPS = 2

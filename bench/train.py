@@ -34,12 +34,12 @@ from heiretsu.bench.result_tables import engineering, milliseconds
 from heiretsu.bench.timing import CLOCKS, Timing, measure_roofline, peak_extra_bytes
 from heiretsu.data.terminal import escape_what_cannot_be_printed
 from heiretsu.kernels import fused, plain
-from heiretsu.model.build import build_engine, count_parameters
-from heiretsu.model.cpu_memory import keep_freed_memory
-from heiretsu.model.options import RunConfig, parse_args
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
 from heiretsu.parallel.pipeline import Microbatch
+from heiretsu.run.building import build_engine, count_parameters
+from heiretsu.run.cpu_memory import keep_freed_memory
+from heiretsu.run.options import RunConfig, parse_args
 
 CPU_VARIANTS = "plain,plain+bf16,plain+bf16+compile,fused+bf16"
 GPU_VARIANTS = "plain+bf16,plain+bf16+compile,fused+bf16,fused+bf16+compile"

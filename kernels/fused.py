@@ -11,16 +11,20 @@ import inspect
 
 import torch
 
-from heiretsu.kernels import cpu_attention, cpu_cross_entropy, cpu_moe, cpu_pointwise, plain
+from heiretsu.kernels import plain
+from heiretsu.kernels.cpu import attention as cpu_attention
+from heiretsu.kernels.cpu import cross_entropy as cpu_cross_entropy
+from heiretsu.kernels.cpu import moe as cpu_moe
+from heiretsu.kernels.cpu import pointwise as cpu_pointwise
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from heiretsu.kernels import attention as triton_attention
-    from heiretsu.kernels import bias_gelu as triton_bias_gelu
-    from heiretsu.kernels import cross_entropy as triton_cross_entropy
-    from heiretsu.kernels import dropout as triton_dropout
-    from heiretsu.kernels import launch, moe
-    from heiretsu.kernels import layer_norm as triton_layer_norm
+    from heiretsu.kernels.gpu import attention as triton_attention
+    from heiretsu.kernels.gpu import bias_gelu as triton_bias_gelu
+    from heiretsu.kernels.gpu import cross_entropy as triton_cross_entropy
+    from heiretsu.kernels.gpu import dropout as triton_dropout
+    from heiretsu.kernels.gpu import launch, moe
+    from heiretsu.kernels.gpu import layer_norm as triton_layer_norm
 
 INTERPRETED = HAS_TRITON and launch.INTERPRETED
 

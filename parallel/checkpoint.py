@@ -31,15 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from heiretsu.parallel.checkpoint_folder import PART, beside, complete, path_of, publish, rotate
-from heiretsu.parallel.checkpoint_seal import (
-    FORMAT,
-    brief,
-    fingerprint,
-    read_run,
-    seal,
-    verify,
-    write_json,
-)
+from heiretsu.parallel.checkpoint_seal import FORMAT, brief, fingerprint, read_run, seal, verify, write_json
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.optimizer import LossScaler

@@ -16,7 +16,7 @@ import heiretsu.model
 import heiretsu.parallel
 import heiretsu.run
 from heiretsu.data.batches import TokenDataset
-from heiretsu.model.options import RunConfig
+from heiretsu.run.options import RunConfig
 
 # Paths may differ from node to node; what is found there may not.
 _OWN_TO_A_RANK = {"data_dir", "vocab_dir", "log_file", "profile", "checkpoint_dir", "resume", "init_from"}

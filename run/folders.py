@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from heiretsu.model.options import RunConfig
 from heiretsu.parallel.checkpoint_folder import tidy
 from heiretsu.parallel.collectives import gather_objects
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.run.lock import FolderLock
+from heiretsu.run.options import RunConfig
 
 
 def agreed(mesh: Mesh, work: Callable[[], None]) -> None:

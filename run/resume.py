@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heiretsu.model.options import RunConfig
-from heiretsu.model.saved import newest_in
 from heiretsu.parallel.checkpoint_folder import complete, newest_whole, set_aside
 from heiretsu.parallel.checkpoint_seal import read_run, step_of
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.run.folders import agreed
+from heiretsu.run.options import RunConfig
+from heiretsu.run.saved import newest_in
 
 # What decides the numbers of a run, besides the model and the data. Topology, schedule and kernels do not.
 _DECIDE = "seed tokenizer learning_rate warmup_iters min_lr weight_decay betas grad_clip amp".split()

@@ -13,9 +13,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from heiretsu.model.options import RunConfig
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.engine import Engine, StepReport
+from heiretsu.run.options import RunConfig
 
 LONGEST_SAVE = timedelta(hours=2)
 STILL_WRITING = 1 << 16  # beside the number of a signal, in what a rank tells the others

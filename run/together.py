@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from heiretsu.model.options import RunConfig, refuse
 from heiretsu.parallel.mesh import abstract_mesh, process_groups
 from heiretsu.run.agreement import disagreement
+from heiretsu.run.options import RunConfig, refuse
 from heiretsu.run.roll_call import Report, assemble
 from heiretsu.run.watch import GRACE_S, watched
 

@@ -17,8 +17,8 @@ import torch
 
 import train as train_script
 from heiretsu.kernels import plain
-from heiretsu.model.build import build_engine
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.building import build_engine
 from tests.torchrun import config_of, gather, on_mesh, parser
 from tests.training import OPS, dataset
 

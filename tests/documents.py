@@ -34,12 +34,13 @@ import train as train_script
 from heiretsu.data import prepare
 from heiretsu.data.shards import write_shard
 from heiretsu.kernels import plain
-from heiretsu.model import hf, options
 from heiretsu.model.config import ModelConfig
 from heiretsu.model.gpt import GPT
-from heiretsu.model.options import RunConfig, parse_args
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run import conversion as hf
+from heiretsu.run import options
+from heiretsu.run.options import RunConfig, parse_args
 from heiretsu.run.resume import find_origin
 
 ROOT = Path(__file__).parents[1]
@@ -321,7 +322,7 @@ class Reader:
             return None
         elif words[0] == "train.py":
             return lambda: self.train(parse_args(words[1:], 1))
-        elif words[:2] == ("-m", "heiretsu.model.hf"):
+        elif words[:2] == ("-m", "heiretsu.run.conversion"):
             return lambda: self.convert(*words[2:5])
         elif words[0] == "sample.py":
             cheap = ["--num_tokens", "3", "--device", "cpu", "--vocab_dir", gpt2_vocabulary()]

@@ -26,12 +26,13 @@ import train as train_script
 from heiretsu.data import batches as batches_module
 from heiretsu.data import prepare as prepare_module
 from heiretsu.data.shards import read_shard, write_shard
-from heiretsu.model import build, moe, seeding
+from heiretsu.model import moe, seeding
 from heiretsu.parallel import collectives, engine, expert, optimizer, pipeline, placement, tensor
 from heiretsu.parallel.data import GradientAverager
 from heiretsu.parallel.mesh import Mesh, abstract_mesh
 from heiretsu.parallel.schedules import SCHEDULES, lower, simulate
 from heiretsu.parallel.schedules.one_f_one_b import one_f_one_b
+from heiretsu.run import building as build
 from tests.ranks import RankError, run_ranks
 from tests.training import DENSE, MIXTURE, Trace, failures, run_config, run_steps, single_process
 

@@ -26,7 +26,7 @@ from typing import Any
 
 TIMEOUT_S = 300  # of one call; two cores may serve eight ranks and other tests
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "heiretsu.model.build", "heiretsu.kernels.fused"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "heiretsu.run.building", "heiretsu.kernels.fused"])
 
 
 class RankError(AssertionError):

@@ -7,7 +7,7 @@ import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob as TrainJob
 from pydantic import ValidationError
 
-from heiretsu.model.options import parse_args
+from heiretsu.run.options import parse_args
 
 ROOT = Path(__file__).parents[1]
 MANIFEST = ROOT / "examples/kubernetes/trainjob.yaml"

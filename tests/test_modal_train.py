@@ -13,8 +13,8 @@ from pathlib import Path
 import modal
 import pytest
 
-from heiretsu.model.build import count_parameters
-from heiretsu.model.options import parse_args
+from heiretsu.run.building import count_parameters
+from heiretsu.run.options import parse_args
 
 ROOT = Path(__file__).parents[1]
 

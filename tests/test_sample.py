@@ -12,11 +12,11 @@ import sample
 import train as train_script
 from heiretsu.data.tokenizer import load_tokenizer
 from heiretsu.kernels import plain
-from heiretsu.model.build import build_engine
-from heiretsu.model.generate import generate
-from heiretsu.model.options import parse_args
-from heiretsu.model.saved import load_model, newest_in
 from heiretsu.parallel import checkpoint
+from heiretsu.run.building import build_engine
+from heiretsu.run.options import parse_args
+from heiretsu.run.sampling import generate
+from heiretsu.run.saved import load_model, newest_in
 from tests.training import dataset
 
 SCRIPT = str(Path(__file__).parents[1] / "sample.py")

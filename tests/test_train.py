@@ -20,14 +20,14 @@ import train as train_script
 from heiretsu.data.batches import TokenDataset
 from heiretsu.data.shards import write_shard
 from heiretsu.kernels import fused, plain
-from heiretsu.model import run_log
-from heiretsu.model.build import build_engine
-from heiretsu.model.options import parse_args
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run import log as run_log
+from heiretsu.run.building import build_engine
+from heiretsu.run.options import parse_args
 from tests.training import dataset
 
 if fused.HAS_TRITON:
-    from heiretsu.kernels import launch
+    from heiretsu.kernels.gpu import launch
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [str(ROOT / "train.py")]
@@ -189,7 +189,7 @@ def test_wrong_flags_are_refused_before_torch_is_imported():
     began = time.perf_counter()
     statuses, _, err = finish(start(["--tp", "2"]))
     assert statuses == [2] and err.startswith("train.py: error: ") and err.count("\n") == 1
-    program = "import sys; import heiretsu.model.options; sys.exit('torch' in sys.modules)"
+    program = "import sys; import heiretsu.run.options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     assert time.perf_counter() - began < 20  # far from the second that it takes, since other tests may be running
 

@@ -11,9 +11,9 @@ import torch
 import train as train_script
 from heiretsu.data.batches import TokenDataset
 from heiretsu.kernels import plain
-from heiretsu.model.build import build_engine, count_parameters
-from heiretsu.model.options import parse_args
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.building import build_engine, count_parameters
+from heiretsu.run.options import parse_args
 from tests.training import MIXTURE, dataset, run_config
 
 

@@ -17,11 +17,11 @@ import torch
 import train as train_script
 from heiretsu.data.batches import TokenDataset
 from heiretsu.kernels import fused, plain
-from heiretsu.model.build import build_engine
 from heiretsu.model.config import ModelConfig
-from heiretsu.model.options import RunConfig, parse_args
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, abstract_mesh
+from heiretsu.run.building import build_engine
+from heiretsu.run.options import RunConfig, parse_args
 
 OPS = {"plain": plain, "fused": fused}
 

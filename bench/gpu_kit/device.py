@@ -48,7 +48,7 @@ class Device:
 
 
 def _audited_arch(properties, capability: tuple[int, int]) -> str | None:
-    from heiretsu.bench.audit.machines import MACHINES  # Triton, which facts about a machine can do without
+    from heiretsu.offgpu.machines import MACHINES  # Triton, which facts about a machine can do without
 
     named = getattr(properties, "gcnArchName", "").partition(":")[0]
     arch = named if torch.version.hip else f"sm_{capability[0]}{capability[1]}"

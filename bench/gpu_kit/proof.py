@@ -16,9 +16,6 @@ import torch
 import triton
 
 from heiretsu.bench import workloads
-from heiretsu.bench.audit import analysis, runner
-from heiretsu.bench.audit.compiling import compile_kernel
-from heiretsu.bench.audit.machines import machine
 from heiretsu.bench.gpu_kit import published, rehearsal, trace
 from heiretsu.bench.gpu_kit.device import compiled_variants, resources
 from heiretsu.bench.gpu_kit.kit import Item, Kit
@@ -26,11 +23,14 @@ from heiretsu.bench.measure import place
 from heiretsu.bench.parity import cotangents_for, gradients_of
 from heiretsu.bench.train import DATA_SHEET_PEAKS
 from heiretsu.kernels import fused
-from heiretsu.kernels.launch import AuditCase
-from heiretsu.model.options import parse_args
-from heiretsu.model.tuning import kernel_calls
+from heiretsu.kernels.gpu.launch import AuditCase
+from heiretsu.offgpu.audit import analysis, runner
+from heiretsu.offgpu.audit.compiling import compile_kernel
+from heiretsu.offgpu.emulator import installed
+from heiretsu.offgpu.machines import machine
 from heiretsu.parallel.mesh import make_mesh
-from tests.emulator import installed
+from heiretsu.run.options import parse_args
+from heiretsu.run.tuning import kernel_calls
 from tests.kernels import forms
 from tests.kernels.cases import all_cases
 from tests.kernels.parity import Case, dtype_name, run

@@ -71,8 +71,8 @@ def compiling_driver(launches: bool = False):
 
     A loaded kernel's registers and spills are those of its machine code, as a real driver would tell them.
     """
-    from heiretsu.bench.audit.disassembly import disassemble
-    from tests.emulator import installed
+    from heiretsu.offgpu.audit.disassembly import disassemble
+    from heiretsu.offgpu.emulator import installed
 
     with installed(target=10 * CAPABILITY[0] + CAPABILITY[1]) as driver:
 
@@ -92,7 +92,7 @@ def run_script(
 ) -> subprocess.CompletedProcess:
     """subprocess.run of a Python script, in a process that has imported torch already: seconds less of a shared CPU."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "heiretsu.model.build", "heiretsu.kernels.fused"])
+    context.set_forkserver_preload(["torch", "heiretsu.run.building", "heiretsu.kernels.fused"])
     output = folder / "script.txt"
     process = context.Process(target=_script, args=(command[1:], env, output))
     process.start()

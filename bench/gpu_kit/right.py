@@ -16,7 +16,8 @@ import torch
 
 from heiretsu.bench.gpu_kit import large, rehearsal, shipped
 from heiretsu.bench.gpu_kit.kit import LONG_S, Item, Kit
-from heiretsu.kernels import fused, launch
+from heiretsu.kernels import fused
+from heiretsu.kernels.gpu import launch
 from tests.kernels import forms
 from tests.kernels.cases import all_cases
 from tests.kernels.parity import Case, check, compare, dtype_name, run, same_bits
@@ -29,7 +30,7 @@ SANITIZERS = ("memcheck", "racecheck")
 
 def items(kit: Kit, group: str) -> list[Item]:
     if forms.INTERPRETED:
-        from tests.kernels.interpreter import watch
+        from heiretsu.offgpu.interpreter import watch
 
         watch()
     return {"rows": row_items, "large": large_items, "sanitizer": sanitizer_items}[group](kit)

@@ -15,7 +15,7 @@ from tests.kernels.parity import dtype_name, run
 
 def main(device: str, rehearse: bool) -> None:
     if forms.INTERPRETED:
-        from tests.kernels.interpreter import watch
+        from heiretsu.offgpu.interpreter import watch
 
         watch()
     rows = [(case, dtype) for dtype in (torch.bfloat16, torch.float32) for case in all_cases() if case.emulate]

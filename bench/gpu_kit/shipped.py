@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from heiretsu.kernels import launch
 from heiretsu.kernels.arguments import MOST_EXPERTS
+from heiretsu.kernels.gpu import launch
 from tests.kernels.parity import Case
 
 BF16, FP32 = (torch.bfloat16,), (torch.float32,)

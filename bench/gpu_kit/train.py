@@ -25,10 +25,10 @@ from heiretsu.bench.timing import Timing
 from heiretsu.data.corpus import load_corpus
 from heiretsu.data.folder import shard_name
 from heiretsu.data.shards import write_shard
-from heiretsu.kernels import autotune, launch
-from heiretsu.model.options import RunConfig, parse_args
-from heiretsu.model.tuning import kernel_calls
+from heiretsu.kernels.gpu import autotune, launch
 from heiretsu.parallel.mesh import make_mesh
+from heiretsu.run.options import RunConfig, parse_args
+from heiretsu.run.tuning import kernel_calls
 
 GPT2 = "--preset gpt2 --tokenizer gpt2 --block_size 1024".split()
 TINY = "--n_layer 2 --n_head 2 --n_embed 32 --block_size 32".split()

@@ -18,11 +18,11 @@ if not fused.HAS_TRITON:
 
 import triton
 
-from heiretsu.bench.audit import runner as audit_runner
-from heiretsu.bench.audit.machines import MACHINES
 from heiretsu.bench.gpu_kit import proof, right, shipped
-from heiretsu.kernels import launch
-from tests.emulator import installed
+from heiretsu.kernels.gpu import launch
+from heiretsu.offgpu.audit import runner as audit_runner
+from heiretsu.offgpu.emulator import installed
+from heiretsu.offgpu.machines import MACHINES
 from tests.kernels.cases import all_cases
 from tests.kernels.forms import INTERPRETED
 from tests.kernels.parity import run

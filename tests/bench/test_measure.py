@@ -14,7 +14,7 @@ from heiretsu.bench import charts, kernels, measure, memory, result_tables, riva
 from heiretsu.bench.parity import Judge
 from heiretsu.bench.timing import Roofline, Timing, in_turns
 from heiretsu.kernels import plain
-from heiretsu.model.options import parse_args
+from heiretsu.run.options import parse_args
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

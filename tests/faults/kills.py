@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from heiretsu.kernels import plain
-from heiretsu.model.saved import load_model
+from heiretsu.run.saved import load_model
 from tests.faults.launch import PATIENCE_S, TINY, records, run_to_the_end, started, torchrun
 
 RANKS = 4

@@ -31,7 +31,7 @@ TINY = (
 PATIENCE_S = 240  # for what takes seconds on an idle machine
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "heiretsu.model.build", "heiretsu.kernels.fused"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "heiretsu.run.building", "heiretsu.kernels.fused"])
 
 
 def free_port() -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import train as train_script
-from heiretsu.model.options import parse_args
+from heiretsu.run.options import parse_args
 
 FLAGS = "--n_layer 1 --n_head 2 --n_embed 16 --block_size 16 --batch_size 2 --eval_interval 0 --sample_tokens 0".split()
 FLAGS += "--device cpu --dtype float64 --learning_rate 0.01 --save_interval 2".split()

@@ -6,11 +6,11 @@ import shutil
 import pytest
 
 from heiretsu.kernels import plain
-from heiretsu.model import hf
-from heiretsu.model.saved import load_model, newest_in
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.checkpoint_folder import checkpoints, rotate, set_aside
 from heiretsu.parallel.checkpoint_seal import SEAL, read_run, verify
+from heiretsu.run import conversion as hf
+from heiretsu.run.saved import load_model, newest_in
 from tests.faults.saved_runs import STEPS, copy_of, flip_a_bit, run, steps_in
 
 TENSORS = "__0_0.distcp"

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from heiretsu.kernels import plain
-from heiretsu.model.build import build_engine
 from heiretsu.parallel import checkpoint, checkpoint_folder
 from heiretsu.parallel.checkpoint_folder import checkpoints, newest_whole, tidy
 from heiretsu.parallel.checkpoint_seal import verify
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.building import build_engine
 from heiretsu.run.lock import FolderLock
 from heiretsu.run.saving import Saver
 from tests.faults.saved_runs import run, steps_in

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from heiretsu.data.batches import TokenDataset
 from heiretsu.data.shards import HEADER_BYTES, read_shard, write_shard
 from heiretsu.kernels import plain
-from heiretsu.model import hf
-from heiretsu.model.build import build_engine
 from heiretsu.model.config import ModelConfig
-from heiretsu.model.options import parse_args
-from heiretsu.model.saved import load_model
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.checkpoint_seal import SEAL, fingerprint, read_run, seal, verify
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run import conversion as hf
+from heiretsu.run.building import build_engine
+from heiretsu.run.options import parse_args
 from heiretsu.run.resume import changes
+from heiretsu.run.saved import load_model
 
 MODEL = ["--n_layer", "1", "--n_head", "2", "--n_embed", "16", "--block_size", "16"]
 often = settings(max_examples=60, deadline=None, database=None, derandomize=True)

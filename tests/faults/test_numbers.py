@@ -7,8 +7,8 @@ import torch
 
 import train as train_script
 from heiretsu.kernels import plain
-from heiretsu.model.build import build_engine
 from heiretsu.parallel.replicas import digest, first_difference
+from heiretsu.run.building import build_engine
 from tests.faults.launch import TINY, last_line, records, run_to_the_end
 from tests.training import DENSE, MIXTURE, dataset, run_config
 

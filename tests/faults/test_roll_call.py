@@ -9,10 +9,10 @@ import pytest
 import torch.distributed as dist
 
 from heiretsu.data.batches import TokenDataset
-from heiretsu.model.options import parse_args
 from heiretsu.run import roll_call
 from heiretsu.run.agreement import disagreement, facts
 from heiretsu.run.lines import connect
+from heiretsu.run.options import parse_args
 from heiretsu.run.roll_call import Report, roll_call_over
 from tests.faults.launch import TINY, last_line, run_to_the_end
 

@@ -12,7 +12,7 @@ from tests.kernels.scratch import poisoned_scratch
 MUTATION_LINES = pytest.StashKey[list[str]]()
 
 if forms.INTERPRETED:
-    from tests.kernels.interpreter import watch
+    from heiretsu.offgpu.interpreter import watch
 
     watch()
 

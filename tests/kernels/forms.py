@@ -38,4 +38,4 @@ TRITON_FILES = {
 
 def triton_form(op: str) -> Callable:
     """The public function of the op's kernel file, which launches Triton on any tensor."""
-    return getattr(importlib.import_module(f"heiretsu.kernels.{TRITON_FILES[op]}"), op)
+    return getattr(importlib.import_module(f"heiretsu.kernels.gpu.{TRITON_FILES[op]}"), op)

@@ -58,7 +58,7 @@ def _warm_up():
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
-    from tests.kernels.interpreter import watch
+    from heiretsu.offgpu.interpreter import watch
 
     torch.set_num_threads(1)  # a fork has no threads of its parent
     watch()
@@ -109,11 +109,11 @@ def _run_mutated(mutation):
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "kernels"
         shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        path = copy / mutation["file"]
+        path = copy / "gpu" / mutation["file"]
         source = path.read_text()
         if source.count(mutation["old"]) != mutation["count"]:
             found = f"occurs {source.count(mutation['old'])} times, not {mutation['count']}"
-            raise ValueError(f"{mutation['old']!r} {found}, in kernels/{mutation['file']}")
+            raise ValueError(f"{mutation['old']!r} {found}, in kernels/gpu/{mutation['file']}")
         path.write_text(source.replace(mutation["old"], mutation["new"]))
         return _run_case(copy, mutation["op"], mutation["case"])
 
@@ -124,9 +124,9 @@ def _run_case(folder, op, name, only=None):
     The verdict is "caught" (by the parity rule, the sanitizer or an assertion) or "survived"; other errors are raised.
     """
     sys.meta_path.insert(0, _KernelsFrom(folder))
+    from heiretsu.offgpu.interpreter.sanitizer import sanitize
     from tests.kernels.cases import all_cases
     from tests.kernels.forms import triton_form
-    from tests.kernels.interpreter.sanitizer import sanitize
     from tests.kernels.parity import check, dtype_name
     from tests.kernels.scratch import poisoned_scratch
 

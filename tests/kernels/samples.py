@@ -8,7 +8,11 @@ from collections.abc import Callable
 
 import torch
 
-from heiretsu.kernels import cpu_attention, cpu_cross_entropy, cpu_moe, cpu_pointwise, plain
+from heiretsu.kernels import plain
+from heiretsu.kernels.cpu import attention as cpu_attention
+from heiretsu.kernels.cpu import cross_entropy as cpu_cross_entropy
+from heiretsu.kernels.cpu import moe as cpu_moe
+from heiretsu.kernels.cpu import pointwise as cpu_pointwise
 from tests.kernels import forms
 
 CPU_FILES = {

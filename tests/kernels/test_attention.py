@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from heiretsu.kernels import cpu_attention, fused, plain
-from heiretsu.kernels.cpu_random import BlockPhilox
+from heiretsu.kernels import fused, plain
+from heiretsu.kernels.cpu import attention as cpu_attention
+from heiretsu.kernels.cpu.random import BlockPhilox
 from heiretsu.kernels.random import philox
 from tests.kernels import forms
 
 if forms.HAS_TRITON:
-    from heiretsu.kernels import attention as triton_attention
-    from heiretsu.kernels import launch
+    from heiretsu.kernels.gpu import attention as triton_attention
+    from heiretsu.kernels.gpu import launch
 
 FORMS = [
     pytest.param("cpu", id="cpu-form"),

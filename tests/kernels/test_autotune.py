@@ -8,8 +8,8 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from heiretsu.kernels import autotune, autotune_cache, bias_gelu, launch
-from tests.emulator import installed
+from heiretsu.kernels.gpu import autotune, autotune_cache, bias_gelu, launch
+from heiretsu.offgpu.emulator import installed
 
 CPU = torch.device("cpu")
 TABLE = {

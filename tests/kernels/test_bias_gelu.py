@@ -5,14 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heiretsu.kernels import cpu_pointwise, fused
+from heiretsu.kernels import fused
+from heiretsu.kernels.cpu import pointwise as cpu_pointwise
 from tests.kernels import forms
 from tests.kernels.cases.bias_gelu import CASES
 from tests.kernels.parity import Case, check
 
 if forms.HAS_TRITON:
-    from heiretsu.kernels import bias_gelu as triton_bias_gelu
-    from heiretsu.kernels import launch
+    from heiretsu.kernels.gpu import bias_gelu as triton_bias_gelu
+    from heiretsu.kernels.gpu import launch
 
 FORMS = [pytest.param("cpu", id="cpu-form"), pytest.param("triton", id="triton", marks=pytest.mark.triton)]
 each_form = pytest.mark.parametrize("form", FORMS)

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from heiretsu.kernels import cpu_pointwise
+from heiretsu.kernels.cpu import pointwise as cpu_pointwise
 from heiretsu.kernels.random import dropout_keep_mask
 from tests.kernels import forms
 
 if forms.HAS_TRITON:
-    from heiretsu.kernels import dropout as triton_dropout
+    from heiretsu.kernels.gpu import dropout as triton_dropout
 
 FORMS = [pytest.param("cpu", id="cpu-form"), pytest.param("triton", id="triton", marks=pytest.mark.triton)]
 each_form = pytest.mark.parametrize("form", FORMS)

@@ -1,10 +1,10 @@
 """`pytest --emulate sm_80` (sm_90): tiny cases of the parity table, compiled by Triton and run by the emulator.
 
 The emulator's reports (stray or misaligned accesses, races, unwritten shared memory, divergence) must be empty, forward
-and backward, with warps in step and in random order. tests/emulator/__init__.py says what that does not prove.
+and backward, with warps in step and in random order. offgpu/emulator/__init__.py says what that does not prove.
 """
 
-from tests.emulator import installed
+from heiretsu.offgpu.emulator import installed
 from tests.kernels import forms
 from tests.kernels.cases import all_cases
 from tests.kernels.parity import check, dtype_name

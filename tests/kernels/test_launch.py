@@ -7,7 +7,7 @@ import torch
 from tests.kernels import forms
 
 if forms.HAS_TRITON:
-    from heiretsu.kernels import launch
+    from heiretsu.kernels.gpu import launch
 
 
 def test_override_holds_on_the_threads_in_which_autograd_runs_a_backward(monkeypatch):

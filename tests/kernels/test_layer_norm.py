@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heiretsu.kernels import cpu_pointwise, fused, plain
+from heiretsu.kernels import fused, plain
+from heiretsu.kernels.cpu import pointwise as cpu_pointwise
 from tests.kernels import forms
 from tests.kernels.parity import Case, check
 
 if forms.HAS_TRITON:
-    from heiretsu.kernels import layer_norm as triton_layer_norm
+    from heiretsu.kernels.gpu import layer_norm as triton_layer_norm
 
 FORMS = [pytest.param("cpu", id="cpu-form"), pytest.param("triton", id="triton", marks=pytest.mark.triton)]
 each_form = pytest.mark.parametrize("form", FORMS)

@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heiretsu.kernels import cpu_moe, plain
+from heiretsu.kernels import plain
+from heiretsu.kernels.cpu import moe as cpu_moe
 from tests.kernels import forms
 
 triton_only = pytest.mark.triton
 if forms.HAS_TRITON:
-    from heiretsu.kernels import grouped_gemm, launch, moe, routing
+    from heiretsu.kernels.gpu import grouped_gemm, launch, moe, routing
 
 few_examples = settings(max_examples=25, deadline=None, database=None)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heiretsu.kernels import cpu_attention
+from heiretsu.kernels.cpu import attention as cpu_attention
 from tests.kernels import forms
 from tests.kernels.samples import SAMPLES, outputs, runnable_forms, tensors, to
 

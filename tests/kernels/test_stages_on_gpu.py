@@ -6,7 +6,7 @@ way to run a kernel sees what ptxas and the hardware make of a pipeline. Collect
 
 import pytest
 
-from heiretsu.kernels import launch
+from heiretsu.kernels.gpu import launch
 from tests.kernels import forms
 from tests.kernels.cases import all_cases
 from tests.kernels.parity import check, compare, dtype_name, run

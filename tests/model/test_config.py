@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heiretsu.kernels import plain
-from heiretsu.model.build import build_engine, count_parameters
 from heiretsu.model.config import PRESETS, ModelConfig, split_layers
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.building import build_engine, count_parameters
 from tests.training import DENSE, MIXTURE, run_config
 
 PUBLISHED = {  # of the released GPT-2 checkpoints

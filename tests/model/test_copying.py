@@ -13,10 +13,10 @@ from torch.optim.swa_utils import AveragedModel
 
 import train as train_script
 from heiretsu.kernels import fused, plain
-from heiretsu.model.build import build_engine
 from heiretsu.model.copying import HoldsOps
 from heiretsu.parallel.mesh import Axis, abstract_mesh
 from heiretsu.parallel.pipeline import Microbatch
+from heiretsu.run.building import build_engine
 from tests.training import MIXTURE, dataset, run_config
 
 

@@ -10,13 +10,13 @@ import torch
 
 import train as train_script
 from heiretsu.kernels import fused, plain
-from heiretsu.model.build import build_engine
-from heiretsu.model.generate import generate
-from heiretsu.model.run_log import peak_flops
-from heiretsu.model.saved import load_model
-from heiretsu.model.tuning import kernel_calls
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.building import build_engine
+from heiretsu.run.log import peak_flops
+from heiretsu.run.sampling import generate
+from heiretsu.run.saved import load_model
+from heiretsu.run.tuning import kernel_calls
 from tests.training import MIXTURE, dataset, run_config
 
 OPS = {"plain": plain, "fused": fused}

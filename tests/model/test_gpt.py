@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train as train_script
 from heiretsu.kernels import plain
-from heiretsu.model.build import build_engine
 from heiretsu.model.config import ModelConfig
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.building import build_engine
 from tests.training import DENSE, MIXTURE, dataset, run_config
 
 # Normals of 0.02, as transformers' GPT2Config has it, and for what adds to the residual stream 1 / sqrt(2 n_layer) of

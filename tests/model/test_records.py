@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from heiretsu.kernels import plain, random
-from heiretsu.model import build, config, gpt
+from heiretsu.model import config, gpt
 from heiretsu.parallel import data as data_parallel
 from heiretsu.parallel.engine import StepReport
+from heiretsu.run import building as build
 
 # Those whose fields are set again while a run goes on. Every other dataclass is frozen.
 CHANGING = {"LossScaler", "_Bucket", "Totals", "_InFlight", "Meeting", "Saving", "Peer"}

@@ -20,7 +20,7 @@ from tests.mutation.edits import Edit
 
 # The tests of what is not edited: Triton's kernels and the tools around them; and of installing.
 NOT_FOR_THE_PRODUCT = (
-    "tests/emulator", "tests/bench", "tests/packaging", "tests/mutation", "tests/kernels/interpreter",
+    "tests/offgpu", "tests/bench", "tests/packaging", "tests/mutation", "tests/kernels/interpreter",
     "tests/kernels/test_interpreted.py", "tests/kernels/test_mutations.py", "tests/kernels/test_emulated.py",
     "tests/kernels/test_autotune.py", "tests/kernels/test_stages_on_gpu.py", "tests/kernels/test_launch.py",
 )  # fmt: skip

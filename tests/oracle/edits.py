@@ -30,13 +30,13 @@ RESUMED = f"{ORACLE}::test_a_run_resumed_on_a_mesh_goes_on_as_by_hand"
 OTHER_SIZE = "tests/parallel/test_checkpoint.py::test_every_size_that_differs_is_refused_by_name_though_the_shapes_fit"
 FLOPS = "tests/model/test_gpt.py::test_flops_are_those_that_torch_counts_but_for_the_future_that_attention_masks"
 INITIAL = "tests/model/test_gpt.py::test_initial_values_are_gpt2s"
-MFU = "tests/model/test_run_log.py::test_mfu_of_gpt2_on_one_gpu_and_on_eight_is_what_data_sheet_and_paper_give"
+MFU = "tests/run/test_log.py::test_mfu_of_gpt2_on_one_gpu_and_on_eight_is_what_data_sheet_and_paper_give"
 SCALER = "tests/parallel/test_optimizer.py::test_the_scale_moves_as_torchs_gradscaler_moves_it"
 SHARDS = "tests/parallel/test_placement.py::test_a_dim_is_dealt_out_as_torch_chunk_and_so_a_checkpoint_deals_it_out"
 LARGE = "tests/parallel/test_tensor.py::test_shards_of_logits_of_ten_thousand_make_the_whole_loss"
 OVERLAP = "tests/parallel/test_tensor.py::test_the_weights_gradient_is_computed_while_dx_is_being_summed"
 BUCKETS = "tests/parallel/test_data.py::test_each_bucket_is_sent_once_a_step_and_most_before_backward_ends"
-SAMPLES = "tests/model/test_generate.py::test_tokens_come_as_often_as_the_softmax_of_the_divided_logits_says[0.5-None]"
+SAMPLES = "tests/run/test_sampling.py::test_tokens_come_as_often_as_the_softmax_of_the_divided_logits_says[0.5-None]"
 DRAWN = "tests/bench/test_plot_schedule.py::test_bars_stand_where_the_clock_says_and_panels_share_its_scale"
 SPEED = "tests/test_train.py::test_tokens_per_second_are_those_of_the_whole_batch"
 
@@ -139,7 +139,7 @@ EDITS = [
     Edit("2 FLOPs a parameter and token", "model/config.py", "return 6 * (", "return 2 * (", f"{FLOPS}[dense]"),
     Edit(
         "one GPU's peak for the whole world",
-        "model/run_log.py",
+        "run/log.py",
         "peak * mesh.world.size",
         "peak",
         MFU,
@@ -155,7 +155,7 @@ EDITS = [
     # Seen to go unseen
     Edit(
         "sampling multiplies by the temperature",
-        "model/generate.py",
+        "run/sampling.py",
         "/ max(temperature, 1e-30)",
         "* max(temperature, 1e-30)",
         SAMPLES,
@@ -221,7 +221,7 @@ EDITS = [
     Edit("bits are nats", "train.py", "loss / math.log(2) / data", "loss / data", BITS),
     Edit(
         "the second moment decays as the first",
-        "model/build.py",
+        "run/building.py",
         "betas=config.betas",
         "betas=(config.betas[0],) * 2",
         FIRST_STEPS,
@@ -235,7 +235,7 @@ EDITS = [
     ),
     Edit(
         "tokens a second of one microbatch",
-        "model/options.py",
+        "run/options.py",
         "self.batch_size * self.grad_accum_steps * self.replicas",
         "self.batch_size * self.replicas",
         SPEED,
@@ -249,7 +249,7 @@ EDITS = [
         f"{STORED}[mixture]",
     ),
     Edit("a step that overflowed is taken", "parallel/engine.py", "if not skipped:", "if True:", SKIPPED),
-    Edit("a GELU of the CPU forms' own", "kernels/cpu_pointwise.py", "0.044715 *", "0.0447 *", kind("dense fused")),
+    Edit("a GELU of the CPU forms' own", "kernels/cpu/pointwise.py", "0.044715 *", "0.0447 *", kind("dense fused")),
     Edit(
         "two replicas' gradients are not averaged",
         "parallel/data.py",

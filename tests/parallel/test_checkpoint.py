@@ -9,9 +9,9 @@ import torch
 
 import train as train_script
 from heiretsu.kernels import plain
-from heiretsu.model.build import build_engine
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.building import build_engine
 from heiretsu.run.saving import Saver
 from tests.training import DENSE, MIXTURE, Trace, dataset, failures, pieces, run_config, single_process
 

@@ -7,10 +7,10 @@ import torch.distributed as dist
 
 import train as train_script
 from heiretsu.kernels import plain
-from heiretsu.model.build import build_engine
 from heiretsu.parallel import data as data_parallel
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.parallel.placement import Placement, Spec
+from heiretsu.run.building import build_engine
 from tests.training import DENSE, MIXTURE, dataset, run_config
 
 

@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 import train as train_script
 from heiretsu.kernels import plain
-from heiretsu.model.build import build_engine
-from heiretsu.model.generate import generate
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.parallel.optimizer import two_norm
+from heiretsu.run.building import build_engine
+from heiretsu.run.sampling import generate
 from tests.training import DENSE, MIXTURE, dataset, run_config
 
 

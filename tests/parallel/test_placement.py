@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from heiretsu.kernels import plain
-from heiretsu.model.build import build_engine
 from heiretsu.parallel.mesh import Axis, abstract_mesh
 from heiretsu.parallel.placement import Placement, Spec, declare, placement_table, shard_bounds
+from heiretsu.run.building import build_engine
 from tests.training import MIXTURE, run_config
 
 

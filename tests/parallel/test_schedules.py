@@ -260,7 +260,7 @@ def test_a_schedule_is_found_by_its_file_alone(tmp_path):
 import sys
 import heiretsu.parallel
 heiretsu.parallel.__path__.insert(0, sys.argv[1])
-from heiretsu.model.options import parse_args
+from heiretsu.run.options import parse_args
 from heiretsu.parallel.schedules import SCHEDULES, lower, validate
 validate(lower(SCHEDULES["one-at-a-time"](3, 4)))
 print(parse_args(["--pp", "3", "--schedule", "one-at-a-time"], world_size=3).schedule)

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from heiretsu.model.options import parse_args
 from heiretsu.parallel.engine import StepReport
+from heiretsu.run.options import parse_args
 from heiretsu.run.stop import Ending, Stop
 from heiretsu.run.watch import GAVE_UP
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from heiretsu.kernels.interpreter_bfloat16 import to_bits, to_float32
+from heiretsu.kernels.gpu.interpreter_bfloat16 import to_bits, to_float32
 
 N = 64
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from heiretsu.offgpu.interpreter.sanitizer import ORDERS, sanitize
 from tests.kernels.cases import all_cases
 from tests.kernels.forms import triton_form
-from tests.kernels.interpreter.sanitizer import ORDERS, sanitize
 from tests.kernels.parity import Case, build, dtype_name, run, same_bits
 
 SMALL = 1 << 13  # elements of all inputs together; the sanitizer looks at every access, so larger ones take long

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from tests.kernels.interpreter.sanitizer import ORDERS, OutOfBounds, Race, UnwrittenRead, sanitize
+from heiretsu.offgpu.interpreter.sanitizer import ORDERS, OutOfBounds, Race, UnwrittenRead, sanitize
 
 N, BLOCK = 100, 32
 

@@ -8,8 +8,8 @@ import pytest
 
 import train as train_script
 from heiretsu.kernels import fused, plain
-from heiretsu.model.build import build_engine
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.building import build_engine
 from tests.training import MIXTURE, dataset, run_config
 
 

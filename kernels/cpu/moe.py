@@ -1,0 +1,259 @@
+"""Mixture-of-experts ops on CPU tensors: the same meaning as `plain`, in the fastest form that ATen allows.
+
+Three things make `plain.expert_mlp` slow beside its GEMMs. Autograd gives `w1[e]` a zero-filled gradient the size of
+all experts and adds E of them; every expert allocates its activations anew, and on a CPU fresh pages cost as much as
+the arithmetic done on them; and GELU and the combine make several passes over memory. Here one custom op owns the loop
+over experts: tokens are sorted by expert once, GEMMs write into slices of buffers that all experts share, the bias
+rides in the GEMM, GELU and its derivative are taken block by block in the cache, and `embedding_bag` gathers, weights
+and sums the K rows of a token in one pass, in order.
+
+Saved for the backward: gelu(h) and gelu'(h) for h = x @ w1 + b1, both (N*K, F), and the experts' outputs (N*K, C), in
+x's dtype. Nothing is recomputed but the gather of x and the cast of one expert's weights. Float32 weights beside a
+bfloat16 x are cast expert by expert, so no second copy of all weights exists; their gradients pass through x's dtype,
+as in `plain`.
+
+N tokens, K experts per token, E experts, C hidden size, F feed-forward size.
+"""
+
+import torch
+
+from heiretsu.kernels.arguments import checked, reverse_mode_only
+from heiretsu.kernels.cpu.pointwise import GELU_LINEAR, gelu_block
+
+_BLOCK_ELEMENTS = 1 << 17  # of GELU: see cpu_pointwise
+
+
+@checked
+def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`plain.route`: gates (N, K) in logits' dtype, experts (N, K) int64.
+
+    A softmax renormalised over the chosen experts is the softmax of their logits alone, so the backward touches K
+    values of a row instead of E.
+    """
+    experts = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    chosen = logits.gather(1, experts)
+    return chosen.to(_at_least_float32(logits.dtype)).softmax(-1).to(logits.dtype), experts
+
+
+def _sort_by_expert(experts, num_experts):
+    """(order, slot, bounds): flat slots n * K + k sorted by expert, its inverse (N, K), and where each expert begins.
+
+    An index outside 0..E-1 sorts behind the last expert: `plain` gives it no expert, and so a zero output.
+    """
+    flat = experts.reshape(-1)
+    flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+    order = flat.argsort(stable=True)
+    slot = torch.empty_like(order)
+    slot[order] = torch.arange(order.numel(), device=order.device)
+    counts = flat.bincount(minlength=num_experts + 1)[:num_experts]
+    return order, slot.view(experts.shape), [0, *counts.cumsum(0).tolist()]
+
+
+def _blocks(bounds):
+    """(expert, slice of the sorted rows) for each expert that has rows."""
+    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if b > a]
+
+
+def _largest(bounds):
+    return max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def _combine(rows, slot, gates=None):
+    """sum_k gates[n, k] * rows[slot[n, k]], accumulated in float32 and in the order of k; gates None means ones."""
+    if gates is None or gates.dtype == rows.dtype:
+        return torch.nn.functional.embedding_bag(slot, rows, per_sample_weights=gates, mode="sum")
+    wide = torch.promote_types(rows.dtype, gates.dtype)
+    return (rows[slot].to(wide) * gates.to(wide)[..., None]).sum(1).to(rows.dtype)
+
+
+@torch.library.custom_op("heiretsu::cpu_expert_mlp", mutates_args=(), device_types="cpu")
+def _expert_mlp(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    gates: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, gelu(h), gelu'(h), y), rows sorted by expert; without save, the middle two are empty."""
+    E, C, F = w1.shape
+    order, slot, bounds = _sort_by_expert(experts, E)
+    rows = order.numel()
+    all_a, slope = (x.new_empty(rows if save else 0, F) for _ in range(2))
+    y = x.new_empty(rows, C)
+    for buffer in (all_a, slope, y):
+        buffer[bounds[-1] :] = 0  # rows of no expert
+    if not rows or not C:
+        return x.new_zeros(x.shape), all_a, slope, y
+    tokens, largest = order // experts.shape[1], _largest(bounds)
+    x_rows, h_rows, a_rows = x.new_empty(largest, C), x.new_empty(largest, F), x.new_empty(0 if save else largest, F)
+    cast, gelu = _Cast(x, C * F), _Gelu(x, largest, F)
+    for e, block in _blocks(bounds):
+        size = block.stop - block.start
+        x_e = torch.index_select(x, 0, tokens[block], out=x_rows[:size])
+        h = _linear(x_e, cast(w1[e]), None if b1 is None else b1[e], h_rows[:size])
+        a = all_a[block] if save else a_rows[:size]
+        gelu(h, a, slope[block] if save else None)
+        _linear(a, cast(w2[e]), None if b2 is None else b2[e], y[block])
+    return _combine(y, slot, gates), all_a, slope, y
+
+
+class _Cast:
+    """Casts one expert's weight to x's dtype, into one buffer: what it returned last is overwritten."""
+
+    def __init__(self, x, elements):
+        self.x, self.elements, self.buffer = x, elements, None
+
+    def __call__(self, weight):
+        if weight.dtype == self.x.dtype:
+            return weight
+        if self.buffer is None:
+            self.buffer = self.x.new_empty(self.elements)
+        return self.buffer.view(weight.shape).copy_(weight)
+
+
+class _Gelu:
+    """GELU of up to `rows` rows of `width`, and its derivative, in blocks that stay in the cache."""
+
+    def __init__(self, x, rows, width):
+        self.step = min(rows, max(1, _BLOCK_ELEMENTS // max(1, width)))
+        self.scratch = x.new_empty(5, self.step, width, dtype=_at_least_float32(x.dtype))
+        self.scratch[4] = GELU_LINEAR
+
+    def __call__(self, h, out, derivative):
+        for start in range(0, h.shape[0], self.step):
+            block = slice(start, min(start + self.step, h.shape[0]))
+            u, q, s, r, linear = self.scratch[:, : block.stop - start]
+            gelu_block(
+                u.copy_(h[block]), out[block], None if derivative is None else derivative[block], q, s, r, linear
+            )
+
+
+def _linear(x, weight, bias, out):
+    if bias is None:
+        return torch.mm(x, weight, out=out)
+    return torch.addmm(bias.to(x.dtype), x, weight, out=out)
+
+
+@_expert_mlp.register_fake
+def _(x, experts, gates, w1, b1, w2, b2, save):
+    rows, (_, C, F) = experts.numel(), w1.shape
+    a, slope = (x.new_empty(rows if save else 0, F) for _ in range(2))
+    return x.new_empty(x.shape), a, slope, x.new_empty(rows, C)
+
+
+@torch.library.custom_op("heiretsu::cpu_expert_mlp_backward", mutates_args=(), device_types="cpu")
+def _expert_mlp_backward(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    gates: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    a: torch.Tensor,
+    slope: torch.Tensor,
+    y: torch.Tensor,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dgates, dw1, db1, dw2, db2); empty for one that `needs` does not name, in this order."""
+    E, C, F = w1.shape
+    order, slot, bounds = _sort_by_expert(experts, E)
+    dx, dgates, dw1, db1, dw2, db2 = gradients = _gradients((x, gates, w1, b1, w2, b2), needs)
+    if not order.numel() or not C:
+        return tuple(gradient.zero_() for gradient in gradients)
+    need_dx, need_dgates, need_dw1, need_db1, need_dw2, need_db2 = needs
+    need_dh = need_dx or need_dw1 or need_db1
+    for gradient, need in zip(gradients[2:], needs[2:], strict=True):
+        if need:
+            _zero_where_empty(gradient, bounds)
+    tokens, gate = order // experts.shape[1], gates.reshape(-1)[order].to(x.dtype)
+    dx_rows = torch.empty_like(y) if need_dx else None  # dx of each row, then summed over k
+    if need_dx:
+        dx_rows[bounds[-1] :] = 0
+    largest = _largest(bounds)
+    x_rows, dy_rows, dh_rows = x.new_empty(largest, C), x.new_empty(largest, C), x.new_empty(largest, F)
+    dgate = gate.new_zeros(gate.shape, dtype=_at_least_float32(gates.dtype))
+    cast, product = _Cast(x, C * F), x.new_empty(0 if w1.dtype == w2.dtype == x.dtype else C * F)
+    for e, block in _blocks(bounds):
+        size, token = block.stop - block.start, tokens[block]
+        dy = torch.index_select(dout, 0, token, out=dy_rows[:size])
+        if need_dgates:
+            dgate[order[block]] = (y[block].to(dgate.dtype) * dy).sum(-1)
+        dy *= gate[block, None]
+        if need_dw2:
+            _weight_gradient(a[block], dy, dw2[e], product)
+        if need_db2:
+            _bias_gradient(dy, db2[e])
+        if need_dh:
+            dh = torch.mm(dy, cast(w2[e]).T, out=dh_rows[:size])
+            dh *= slope[block]
+        if need_dw1:
+            _weight_gradient(torch.index_select(x, 0, token, out=x_rows[:size]), dh, dw1[e], product)
+        if need_db1:
+            _bias_gradient(dh, db1[e])
+        if need_dx:
+            torch.mm(dh, cast(w1[e]).T, out=dx_rows[block])
+    dx = _combine(dx_rows, slot) if need_dx else dx
+    return dx, dgates.copy_(dgate.view(gates.shape)) if need_dgates else dgates, dw1, db1, dw2, db2
+
+
+def _gradients(inputs, needs):
+    """A buffer for each gradient that is needed, empty for the others."""
+    like = inputs[0]
+    return tuple(t.new_empty(t.shape) if need else like.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+
+
+def _zero_where_empty(gradient, bounds):
+    """Zero for the experts without rows, whose part nobody else writes."""
+    for e, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if begin == end:
+            gradient[e] = 0
+
+
+def _at_least_float32(dtype):
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _weight_gradient(inputs, grads, dweight, product):
+    """Write dweight = inputs.T @ grads, in its own dtype. product: scratch."""
+    if dweight.dtype == inputs.dtype:
+        torch.mm(inputs.T, grads, out=dweight)
+    else:
+        dweight.copy_(torch.mm(inputs.T, grads, out=product.view(dweight.shape)))
+
+
+def _bias_gradient(grads, dbias):
+    """Write dbias = grads summed over rows, in its own dtype."""
+    dbias.copy_(grads.sum(0, dtype=_at_least_float32(dbias.dtype)))
+
+
+@_expert_mlp_backward.register_fake
+def _(dout, x, experts, gates, w1, b1, w2, b2, a, slope, y, needs):
+    return _gradients((x, gates, w1, b1, w2, b2), needs)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:-1], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, dout, *_):
+    needs = [need for i, need in enumerate(ctx.needs_input_grad[:-1]) if i != 1]  # all floats: not experts, not save
+    gradients = _expert_mlp_backward(dout.contiguous(), *ctx.saved_tensors, needs)
+    dx, *others = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    return dx, None, *others, None
+
+
+_expert_mlp.register_autograd(_backward, setup_context=_setup_context)
+
+
+@checked
+def expert_mlp(x, experts, gates, w1, b1, w2, b2):
+    """`plain.expert_mlp` for CPU tensors: (N, C) in x's dtype."""
+    reverse_mode_only("expert_mlp", x, gates, w1, b1, w2, b2)
+    wants_gradient = any(t is not None and t.requires_grad for t in (x, gates, w1, b1, w2, b2))
+    return _expert_mlp(x, experts, gates, w1, b1, w2, b2, torch.is_grad_enabled() and wants_gradient)[0]

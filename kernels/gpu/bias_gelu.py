@@ -1,0 +1,163 @@
+"""GELU(x + bias), tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415), in one pass forward and one backward:
+
+    out = gelu(x + bias),   dx = dout gelu'(x + bias),   dbias = sum of dx over the rows.
+
+Bytes: 2 values an element forward and 3 backward, which recomputes u; unfused 4 and 7. dbias: each program sums its own
+rows into one row of partial sums, and these are added in a fixed order, so that two runs give the same bits.
+
+N rows (all leading dims of x), F columns. TABLE entries: bias_gelu_forward, bias_gelu_backward.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from heiretsu.kernels.arguments import checked, reverse_mode_only
+from heiretsu.kernels.gpu import launch
+from heiretsu.kernels.gpu.gelu import gelu, gelu_and_derivative
+from heiretsu.kernels.gpu.row_tiles import as_rows, contiguous_like, load_tile, store_tile, wide_dtype
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # (N, F), rows stride_x apart
+    bias_ptr,  # (F,)
+    out_ptr,  # (N, F)
+    N,
+    F,
+    stride_x,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    col_blocks = tl.cdiv(F, BLOCK_F)
+    rows = (tl.program_id(0) // col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = (tl.program_id(0) % col_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
+    WIDE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    bias = tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(WIDE)
+    out = gelu(load_tile(x_ptr, rows, stride_x, cols, N, F) + bias[None, :])
+    store_tile(out_ptr, out, rows, cols, N, F)
+
+
+@triton.jit
+def _backward_kernel(
+    dout_ptr,  # (N, F), rows stride_dout apart
+    x_ptr,  # (N, F), rows stride_x apart
+    bias_ptr,  # (F,)
+    dx_ptr,  # (N, F), or None: not wanted
+    partial_ptr,  # (blocks of ROWS rows, F), float32 or float64: sums of dx over the rows of a block; or None
+    N,
+    F,
+    stride_dout,
+    stride_x,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    col_blocks = tl.cdiv(F, BLOCK_F)
+    row_block = (tl.program_id(0) // col_blocks).to(tl.int64)
+    cols = (tl.program_id(0) % col_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
+    WIDE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    bias = tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(WIDE)
+    total = tl.zeros([BLOCK_N, BLOCK_F], WIDE)
+    for start in range(0, ROWS, BLOCK_N):
+        rows = row_block * ROWS + start + tl.arange(0, BLOCK_N)
+        x = load_tile(x_ptr, rows, stride_x, cols, N, F)
+        dout = load_tile(dout_ptr, rows, stride_dout, cols, N, F)
+        _, slope = gelu_and_derivative(x + bias[None, :])
+        dx = dout * slope
+        total += dx  # rows beyond N have dout 0
+        if dx_ptr is not None:
+            store_tile(dx_ptr, dx, rows, cols, N, F)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + row_block * F + cols, tl.sum(total, 0), mask=cols < F)
+
+
+@torch.library.custom_op("heiretsu::bias_gelu", mutates_args=())
+def _forward(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    out = contiguous_like(x)
+    if x.numel() == 0:
+        return out
+    rows, F = as_rows(x), x.shape[-1]
+    meta = launch.parameters("bias_gelu_forward", x.device, itemsize=x.itemsize)
+    grid = (triton.cdiv(rows.shape[0], meta["BLOCK_N"]) * triton.cdiv(F, meta["BLOCK_F"]),)
+    with launch.on(x.device):
+        _forward_kernel[grid](rows, bias, out, rows.shape[0], F, rows.stride(0), **meta)
+    return out
+
+
+@_forward.register_fake
+def _(x, bias):
+    return contiguous_like(x)
+
+
+@torch.library.custom_op("heiretsu::bias_gelu_backward", mutates_args=())
+def _backward(
+    dout: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, need_dx: bool, need_dbias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx and dbias; an empty tensor for one that is not needed."""
+    dx, dbias = _gradients(x, bias, need_dx, need_dbias)
+    if x.numel() == 0:
+        return dx, dbias.zero_()
+    rows, dout_rows, F = as_rows(x), as_rows(dout), x.shape[-1]
+    meta = launch.parameters("bias_gelu_backward", x.device, itemsize=x.itemsize)
+    row_blocks = triton.cdiv(rows.shape[0], meta["ROWS"])
+    partial = x.new_empty(row_blocks, F, dtype=wide_dtype(x.dtype)) if need_dbias else None
+    grid = (row_blocks * triton.cdiv(F, meta["BLOCK_F"]),)
+    with launch.on(x.device):
+        _backward_kernel[grid](
+            dout_rows, rows, bias, dx if need_dx else None, partial, rows.shape[0], F, dout_rows.stride(0),
+            rows.stride(0), **meta,
+        )  # fmt: skip
+    return dx, partial.sum(0).to(bias.dtype) if need_dbias else dbias
+
+
+@_backward.register_fake
+def _(dout, x, bias, need_dx, need_dbias):
+    return _gradients(x, bias, need_dx, need_dbias)
+
+
+def _gradients(x, bias, need_dx, need_dbias):
+    return contiguous_like(x) if need_dx else x.new_empty(0), bias.new_empty(bias.shape if need_dbias else 0)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd_backward(ctx, dout):
+    need_dx, need_dbias = ctx.needs_input_grad
+    dx, dbias = _backward(dout, *ctx.saved_tensors, need_dx, need_dbias)
+    return dx if need_dx else None, dbias if need_dbias else None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+@checked
+def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """GELU(x + bias), tanh form, in Triton: `plain.bias_gelu`.
+
+    x: (..., F) float, any strides. bias: (F,) float, whose dtype may differ. Returns (..., F) in x's dtype, contiguous.
+    """
+    launch.require_device("bias_gelu", x)
+    reverse_mode_only("bias_gelu", x, bias)
+    return _forward(x, bias.contiguous())
+
+
+def audit_cases(arch: str) -> list[launch.AuditCase]:
+    """The launches at bf16, float32 bias, and F divisible by 16."""
+    cases = []
+    for name, fn, tensors in (
+        ("bias_gelu_forward", _forward_kernel, {"x_ptr": "*bf16:16", "bias_ptr": "*fp32:16", "out_ptr": "*bf16:16"}),
+        (
+            "bias_gelu_backward",
+            _backward_kernel,
+            {"dout_ptr": "*bf16:16", "x_ptr": "*bf16:16", "bias_ptr": "*fp32:16", "dx_ptr": "*bf16:16"}
+            | {"partial_ptr": "*fp32:16", "stride_dout": "i32:16"},
+        ),
+    ):
+        constexprs = launch.lookup(name, arch)
+        warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
+        signature = tensors | {"N": "i32:16", "F": "i32:16", "stride_x": "i32:16"}
+        cases.append(launch.AuditCase(name, fn, signature, constexprs, warps, stages, min_bound=1.0))
+    return cases

@@ -1,0 +1,390 @@
+"""Linear cross entropy in Triton: lse and target logit of x @ weight.T, without the (N, V) logits in memory.
+
+Forward. A program takes BLOCK_N tokens and SPLIT_V words, computes their logits tile by tile, and keeps a running
+maximum m and sum l of each token (online softmax; Milakov and Gimelshein 2018, arXiv:1805.02867), in base 2:
+
+    m' = max(m, max_v z_v),   l' = l 2^(m - m') + sum_v 2^(z_v - m'),   z = logit log2(e).
+
+A second kernel folds the V / SPLIT_V partial results of a token in order. A tile that holds the token's target stores
+its logit. Backward, for any incoming dlse and dtarget: a block of the vocabulary at a time, one kernel recomputes the
+logits and writes
+
+    dlogits = dlse exp(logit - lse) + dtarget onehot(target)
+
+into a (N, block) buffer in x's dtype, and two GEMMs turn that into the block's rows of dweight and its share of dx.
+
+FLOPs: 2 N V C forward and 6 backward, 8 in all against 6 unfused: the price of not keeping the logits. Memory beyond
+inputs and gradients: 8 bytes for each token and SPLIT_V words, _BUFFER_ELEMENTS of dlogits (bounded whatever N and V),
+dx in float32, and weight in x's dtype if it has another. No atomics: two runs give the same bits.
+
+N tokens, C hidden, V rows of weight. TABLE entries: linear_cross_entropy_lse, _combine, _dlogits, and _gemm.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from heiretsu.kernels import plain
+from heiretsu.kernels.arguments import checked, reverse_mode_only
+from heiretsu.kernels.gpu import launch
+from heiretsu.kernels.gpu.row_tiles import as_rows, wide_dtype
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LN_2 = tl.constexpr(math.log(2.0))
+
+
+@triton.jit
+def _logits_tile(x_ptr, weight_ptr, rows, words, N, V, C, stride_x, stride_w, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """x[rows] @ weight[words].T, (BLOCK_N, BLOCK_V). rows, words: int64; those beyond the end repeat the last one."""
+    acc = tl.zeros([BLOCK_N, BLOCK_V], WIDE)
+    channels = tl.arange(0, BLOCK_C)
+    # Rows beyond the end read the last row: cheaper in the loop than a mask, and whoever uses the tile masks it anyway.
+    x_ptr += tl.minimum(rows, N - 1)[:, None] * stride_x + channels[None, :]
+    weight_ptr += tl.minimum(words, V - 1)[:, None] * stride_w + channels[None, :]
+    for c in range(0, C, BLOCK_C):
+        x = tl.load(x_ptr + c, mask=(channels < C - c)[None, :], other=0.0)
+        w = tl.load(weight_ptr + c, mask=(channels < C - c)[None, :], other=0.0)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee", out_dtype=WIDE)
+    return acc
+
+
+@triton.jit
+def _column_of(local, first, BLOCK_V: tl.constexpr):
+    """Column of each target in a tile that begins at word `first`, or -1: int32, cheaper to compare with than int64."""
+    column = local - first
+    return tl.where((column >= 0) & (column < BLOCK_V), column, -1).to(tl.int32)
+
+
+@triton.jit
+def _lse_kernel(
+    x_ptr,  # (N, C), rows stride_x apart
+    weight_ptr,  # (V, C), rows stride_w apart, x's dtype
+    local_ptr,  # (N,) int64: row of the target in weight, or outside 0..V-1
+    max_ptr,  # (splits, N), float32 or float64: running maximum, base 2
+    sum_ptr,  # (splits, N)
+    target_logit_ptr,  # (N,): written where the target is one of weight's rows
+    N,
+    V,
+    C,
+    stride_x,
+    stride_w,
+    SPLIT_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    WIDE: tl.constexpr = max_ptr.dtype.element_ty
+    token_blocks = tl.cdiv(N, BLOCK_N)  # programs that run together read the same words
+    split = (tl.program_id(0) // token_blocks).to(tl.int64)
+    rows = (tl.program_id(0) % token_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tl.load(local_ptr + rows, mask=rows < N, other=-1)
+    running_max = tl.full([BLOCK_N], -float("inf"), WIDE)
+    running_sum = tl.zeros([BLOCK_N], WIDE)
+    columns = tl.arange(0, BLOCK_V)
+    for start in range(0, SPLIT_V, BLOCK_V):
+        first = split * SPLIT_V + start
+        logits = _logits_tile(
+            x_ptr, weight_ptr, rows, first + columns, N, V, C, stride_x, stride_w, WIDE, BLOCK_N, BLOCK_V, BLOCK_C
+        )
+        column = _column_of(local, first, BLOCK_V)
+        picked = tl.sum(tl.where(columns[None, :] == column[:, None], logits, 0.0), 1)
+        tl.store(target_logit_ptr + rows, picked, mask=(rows < N) & (column >= 0) & (local < V))
+        z = tl.where((columns < V - first)[None, :], logits * _LOG2_E, -float("inf"))
+        new_max = tl.maximum(running_max, tl.max(z, 1))
+        origin = tl.where(new_max == -float("inf"), 0.0, new_max)  # a tile beyond V in front of nothing
+        running_sum = running_sum * tl.exp2(running_max - origin) + tl.sum(tl.exp2(z - origin[:, None]), 1)
+        running_max = new_max
+    tl.store(max_ptr + split * N + rows, running_max, mask=rows < N)
+    tl.store(sum_ptr + split * N + rows, running_sum, mask=rows < N)
+
+
+@triton.jit
+def _combine_kernel(
+    max_ptr,  # (splits, N)
+    sum_ptr,  # (splits, N)
+    lse_ptr,  # (N,)
+    N,
+    splits,
+    BLOCK_N: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total_max = tl.load(max_ptr + rows, mask=rows < N, other=0.0)
+    total = tl.load(sum_ptr + rows, mask=rows < N, other=1.0)
+    for split in range(1, splits):
+        at = tl.cast(split, tl.int64) * N + rows
+        split_max = tl.load(max_ptr + at, mask=rows < N, other=0.0)
+        split_sum = tl.load(sum_ptr + at, mask=rows < N, other=1.0)
+        new_max = tl.maximum(total_max, split_max)
+        total = total * tl.exp2(total_max - new_max) + split_sum * tl.exp2(split_max - new_max)
+        total_max = new_max
+    tl.store(lse_ptr + rows, (total_max + tl.log2(total)) * _LN_2, mask=rows < N)
+
+
+@triton.jit
+def _dlogits_kernel(
+    x_ptr,  # (N, C), rows stride_x apart
+    weight_ptr,  # (V, C), rows stride_w apart, x's dtype: one block of the vocabulary
+    local_ptr,  # (N,) int64: row of the target in the block, or outside 0..V-1
+    lse_ptr,  # (N,)
+    dlse_ptr,  # (N,)
+    dtarget_ptr,  # (N,)
+    out_ptr,  # (N, width), rows stride_out apart, x's dtype; columns from V on become 0
+    N,
+    V,
+    C,
+    width,
+    stride_x,
+    stride_w,
+    stride_out,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    WIDE: tl.constexpr = lse_ptr.dtype.element_ty
+    token_blocks = tl.cdiv(N, BLOCK_N)
+    rows = (tl.program_id(0) % token_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = (tl.program_id(0) // token_blocks).to(tl.int64) * BLOCK_V
+    columns = tl.arange(0, BLOCK_V)
+    logits = _logits_tile(
+        x_ptr, weight_ptr, rows, first + columns, N, V, C, stride_x, stride_w, WIDE, BLOCK_N, BLOCK_V, BLOCK_C
+    )
+    lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0) * _LOG2_E
+    dlse = tl.load(dlse_ptr + rows, mask=rows < N, other=0.0)
+    dlogits = dlse[:, None] * tl.exp2(logits * _LOG2_E - lse[:, None])
+    column = _column_of(tl.load(local_ptr + rows, mask=rows < N, other=-1), first, BLOCK_V)
+    dtarget = tl.load(dtarget_ptr + rows, mask=rows < N, other=0.0)
+    dlogits += tl.where(columns[None, :] == column[:, None], dtarget[:, None], 0.0)
+    dlogits = tl.where((columns < V - first)[None, :], dlogits, 0.0)
+    out_ptr += rows[:, None] * stride_out + first + columns[None, :]
+    mask = (rows < N)[:, None] & (columns < width - first)[None, :]  # not V: a multiple of 16 lets the stores be wide
+    tl.store(out_ptr, dlogits.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gemm_kernel(
+    a_ptr,  # (M, K), strides stride_am, stride_ak; 0 in rows and columns that out and b do not have
+    b_ptr,  # (b_rows, C), rows stride_b apart, a's dtype
+    out_ptr,  # (out_rows, C): float32 or float64, or if not ADD any float
+    M,
+    K,
+    C,
+    b_rows,
+    out_rows,
+    stride_am,
+    stride_ak,
+    stride_b,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out = a @ b, or out += a @ b if ADD."""
+    WIDE: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    col_blocks = tl.cdiv(C, BLOCK_C)  # programs that run together read the same rows of a, the large operand
+    rows = (tl.program_id(0) // col_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (tl.program_id(0) % col_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inner = tl.arange(0, BLOCK_K)
+    a_ptr += rows[:, None] * stride_am + inner.to(tl.int64)[None, :] * stride_ak
+    b_ptr += inner.to(tl.int64)[:, None] * stride_b + cols[None, :]
+    mask = (rows < out_rows)[:, None] & (cols < C)[None, :]
+    out_ptr += rows[:, None] * C + cols[None, :]
+    if ADD:  # first and not last: beside a full accumulator, it would spill
+        acc = tl.load(out_ptr, mask=mask, other=0.0)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_C], WIDE)
+    for k in range(0, K, BLOCK_K):
+        a = tl.load(a_ptr, mask=(rows < M)[:, None] & (inner < K - k)[None, :], other=0.0)
+        b = tl.load(b_ptr, mask=(inner < b_rows - k)[:, None] & (cols < C)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=WIDE)
+        a_ptr += tl.cast(stride_ak, tl.int64) * BLOCK_K
+        b_ptr += tl.cast(stride_b, tl.int64) * BLOCK_K
+    tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _gemm(a, b, out, add):
+    """out (M, C) = a (M, K) @ b (K, C), or += if add. a: any strides. b: contiguous rows.
+
+    a may have more rows than out, and more columns than b has rows, if they are 0: sizes that are multiples of 16 make
+    for wide loads.
+    """
+    (M, K), C = a.shape, b.shape[1]
+    meta = launch.parameters("linear_cross_entropy_gemm", a.device, itemsize=a.itemsize)
+    grid = (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(C, meta["BLOCK_C"]),)
+    _gemm_kernel[grid](a, b, out, M, K, C, b.shape[0], out.shape[0], *a.stride(), b.stride(0), ADD=add, **meta)
+
+
+def _lse(x, weight, local):
+    """lse (N,) and target_logit (N,) of x (N, C), weight (V, C) of one dtype, local (N,)."""
+    (N, C), V = x.shape, weight.shape[0]
+    meta = launch.parameters("linear_cross_entropy_lse", x.device, itemsize=x.itemsize)
+    splits = triton.cdiv(V, meta["SPLIT_V"])
+    lse, maxima, sums = (x.new_empty(shape, dtype=wide_dtype(x.dtype)) for shape in (N, (splits, N), (splits, N)))
+    target_logit = torch.zeros_like(lse)
+    _lse_kernel[(triton.cdiv(N, meta["BLOCK_N"]) * splits,)](
+        x, weight, local, maxima, sums, target_logit, N, V, C, x.stride(0), weight.stride(0), **meta
+    )
+    meta = launch.parameters("linear_cross_entropy_combine", x.device)
+    _combine_kernel[(triton.cdiv(N, meta["BLOCK_N"]),)](maxima, sums, lse, N, splits, **meta)
+    return lse, target_logit
+
+
+def _dlogits(x, weight, local, lse, dlse, dtarget, out, meta):
+    """Fill out (N, V or more) with the gradient of the logits x @ weight.T, and with 0 from column V on."""
+    (N, C), V = x.shape, weight.shape[0]
+    grid = (triton.cdiv(N, meta["BLOCK_N"]) * triton.cdiv(out.shape[1], meta["BLOCK_V"]),)
+    _dlogits_kernel[grid](
+        x,
+        weight,
+        local,
+        lse,
+        dlse,
+        dtarget,
+        out,
+        N,
+        V,
+        C,
+        out.shape[1],
+        x.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        **meta,
+    )
+
+
+@torch.library.custom_op("heiretsu::linear_cross_entropy", mutates_args=())
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_start: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with launch.on(x.device):
+        return _lse(as_rows(x), as_rows(weight.to(x.dtype)), targets - vocab_start)
+
+
+@_forward.register_fake
+def _(x, weight, targets, vocab_start):
+    return tuple(x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype)) for _ in range(2))
+
+
+@torch.library.custom_op("heiretsu::linear_cross_entropy_backward", mutates_args=())
+def _backward(
+    dlse: torch.Tensor,
+    dtarget: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    vocab_start: int,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx (N, C) if need_dx and dweight (V, C) if need_dweight, else empty."""
+    (N, C), V = x.shape, weight.shape[0]
+    rows, dlse, dtarget = as_rows(x), dlse.contiguous(), dtarget.contiguous()
+    dx = x.new_empty(N if need_dx else 0, C, dtype=wide_dtype(x.dtype))
+    dweight = weight.new_empty(V if need_dweight else 0, C)
+    meta = launch.parameters("linear_cross_entropy_dlogits", x.device, itemsize=x.itemsize)
+    # Words of a block: as many tiles as the buffer holds, and one at least.
+    block = max(1, meta.pop("BUFFER_ELEMENTS") // (N * meta["BLOCK_V"])) * meta["BLOCK_V"]
+    buffer = x.new_empty(N, min(block, triton.cdiv(V, 16) * 16))
+    with launch.on(x.device):
+        for start in range(0, V, block):
+            end = min(start + block, V)
+            narrow, dlogits = as_rows(weight[start:end].to(x.dtype)), buffer[:, : triton.cdiv(end - start, 16) * 16]
+            _dlogits(rows, narrow, targets - (vocab_start + start), lse, dlse, dtarget, dlogits, meta)
+            if need_dx:
+                _gemm(dlogits, narrow, dx, add=start > 0)
+            if need_dweight:
+                _gemm(dlogits.T, rows, dweight[start:end], add=False)
+    return dx.to(x.dtype, copy=True), dweight
+
+
+@_backward.register_fake
+def _(dlse, dtarget, x, weight, targets, lse, vocab_start, need_dx, need_dweight):
+    (N, C), V = x.shape, weight.shape[0]
+    return x.new_empty(N if need_dx else 0, C), weight.new_empty(V if need_dweight else 0, C)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, targets, ctx.vocab_start = inputs
+    ctx.save_for_backward(x, weight, targets, output[0])
+
+
+def _autograd_backward(ctx, dlse, dtarget):
+    need_dx, need_dweight = ctx.needs_input_grad[:2]
+    dx, dweight = _backward(dlse, dtarget, *ctx.saved_tensors, ctx.vocab_start, need_dx, need_dweight)
+    return dx if need_dx else None, dweight if need_dweight else None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+@checked
+def linear_cross_entropy(x, weight, targets, vocab_start=0):
+    """Log-sum-exp of x @ weight.T and the target's logit, in Triton: `plain.linear_cross_entropy`.
+
+    x: (N, C) float. weight: (V, C) float, whose dtype may differ: rows vocab_start .. vocab_start + V - 1 of the whole
+    vocabulary. targets: (N,) int64, whole-vocabulary indices; one outside the shard gives target_logit 0.
+    Returns lse (N,), target_logit (N,), float32 (float64 for float64); the loss is lse - target_logit.
+    """
+    launch.require_device("linear_cross_entropy", x)
+    reverse_mode_only("linear_cross_entropy", x, weight)
+    if x.numel() == 0 or weight.numel() == 0:
+        return plain.linear_cross_entropy(x, weight, targets, vocab_start)
+    return _forward(x, weight, targets, vocab_start)
+
+
+# Bytes that a thread spills outside the hot loop, once a tile. launch.TABLE says what these larger tiles are for.
+_SPILLS = {("ampere", "lse"): 24, ("ampere", "dlogits"): 16, ("ampere", "dx"): 64, ("hopper", "dlogits"): 8}
+_SPILLS |= {("blackwell", "dx"): 264, ("blackwell", "dweight"): 160}
+
+
+def audit_cases(arch: str) -> list[launch.AuditCase]:
+    """The launches at bf16 and at float32, C = 768, V = 50257, N divisible by 16."""
+    return _audit_cases(arch, "bf16") + _audit_cases(arch, "fp32")
+
+
+def _audit_cases(arch: str, dtype: str) -> list[launch.AuditCase]:
+    dims = {"N": "i32:16", "V": "i32", "C": "i32:16", "stride_x": "i32:16", "stride_w": "i32:16"}
+    pointer = f"*{dtype}:16"
+    operands = {"x_ptr": pointer, "weight_ptr": pointer, "local_ptr": "*i64:16"}
+    floats = {
+        name: "*fp32:16" for name in ("max_ptr", "sum_ptr", "target_logit_ptr", "lse_ptr", "dlse_ptr", "dtarget_ptr")
+    }
+    dlogits = operands | floats | dims | {"out_ptr": pointer, "width": "i32:16", "stride_out": "i32:16"}
+    gemm = {"a_ptr": pointer, "b_ptr": pointer, "out_ptr": "*fp32:16", "b_rows": "i32", "out_rows": "i32"}
+    gemm |= {size: "i32:16" for size in ("M", "K", "C", "stride_am", "stride_ak", "stride_b")}
+    cases = []
+    for name, kernel, fn, signature, constexprs in (
+        ("lse", "lse", _lse_kernel, operands | floats | dims, {}),
+        ("combine", "combine", _combine_kernel, floats | dims | {"splits": "i32"}, {}),
+        ("dlogits", "dlogits", _dlogits_kernel, dlogits, {}),
+        ("dx", "gemm", _gemm_kernel, gemm, {"stride_ak": 1, "ADD": True}),
+        ("dweight", "gemm", _gemm_kernel, gemm, {"stride_am": 1, "ADD": False}),
+    ):
+        if dtype == "fp32" and kernel == "combine":
+            continue  # the same as at bf16
+        itemsize = 4 if dtype == "fp32" else 2
+        constexprs = launch.lookup(f"linear_cross_entropy_{kernel}", arch, itemsize=itemsize) | constexprs
+        constexprs.pop("BUFFER_ELEMENTS", None)
+        warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
+        signature = {argument: signature[argument] for argument in fn.arg_names if argument not in constexprs}
+        flops = None
+        if "BLOCK_C" in constexprs and dtype == "bf16":  # float32 has no tensor cores without TF32
+            flops = 2 * math.prod(size for argument, size in constexprs.items() if argument.startswith("BLOCK_"))
+        cases.append(
+            launch.AuditCase(
+                f"linear_cross_entropy {name}{' fp32' * (dtype == 'fp32')}",
+                fn,
+                signature,
+                constexprs,
+                warps,
+                stages,
+                max_spill_bytes=_SPILLS.get((arch, name), 0) if dtype == "bf16" else 0,
+                min_bound=0.0 if dtype == "fp32" else 0.5 if flops else 1.0,
+                loop_flops=flops,
+                quick=dtype == "bf16",
+            )  # fmt: skip
+        )
+    return cases

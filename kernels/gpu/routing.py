@@ -1,0 +1,293 @@
+"""Top-k routing and the routing plan: which row of a grouped GEMM works for which token and expert.
+
+`route` is a softmax renormalised over the top_k experts of a row, which is the softmax of their logits alone. Forward
+and backward are one pass over (N, E) each; unfused, PyTorch sorts, gathers, normalises and scatters in about ten. The
+backward recomputes the gates from the logits rather than reading them back rounded.
+
+`make_plan` is a stable counting sort of the N * K (token, choice) slots by expert, wholly on the device: no count comes
+back to the host. Two launches around one cumulative sum:
+    counts[e, b] = slots of block b with expert e
+    ends         = inclusive sum of counts in the order (expert, block)
+    row of slot  = ends[e, b] - counts[e, b] + its rank among the slots of e in its block
+Integer arithmetic in a fixed order: the plan does not depend on who runs when.
+
+N tokens, E experts, K experts per token. Table entries: route, routing_plan.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from heiretsu.kernels.arguments import checked, reverse_mode_only
+from heiretsu.kernels.gpu import launch
+from heiretsu.kernels.gpu.launch import AuditCase
+
+
+class RoutingPlan(NamedTuple):
+    """Rows sorted by expert, as device tensors.
+
+    order: (N * K,) int32: the slot n * K + k that each row works for. Rows of one expert keep the order of their slots;
+        slots whose expert index is outside 0..E-1 come behind all experts and belong to none.
+    slot_rows: (N, K) int32: the row of each slot, the inverse of order; -1 for an index outside 0..E-1.
+    offsets: (E + 1,) int32: expert e owns rows offsets[e] .. offsets[e + 1].
+    """
+
+    order: torch.Tensor
+    slot_rows: torch.Tensor
+    offsets: torch.Tensor
+
+    @property
+    def top_k(self) -> int:
+        return self.slot_rows.shape[1]
+
+
+@triton.jit
+def _indices(num_tokens, E_PAD: tl.constexpr, K_PAD: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tokens (BLOCK_N, 1) int64 of this program, experts (1, E_PAD), choices (1, K_PAD); which of the tokens exist."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    return n.to(tl.int64), tl.arange(0, E_PAD)[None, :], tl.arange(0, K_PAD)[None, :], n < num_tokens
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr,  # (N, E), any strides
+    gates_ptr,  # (N, K)
+    experts_ptr,  # (N, K) int64
+    num_tokens,
+    num_experts,
+    stride_n,
+    stride_e,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    E_PAD: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n, e, k, row_mask = _indices(num_tokens, E_PAD, K_PAD, BLOCK_N)
+    pointers = logits_ptr + n * stride_n + e.to(tl.int64) * stride_e
+    logits = tl.load(pointers, mask=row_mask & (e < num_experts), other=0.0).to(ACC)
+    keys = tl.where(logits == logits, logits, float("inf"))  # NaN counts as the greatest, as when sorting
+
+    left = (e < num_experts) & row_mask
+    chosen = tl.zeros((BLOCK_N, K_PAD), dtype=ACC) - float("inf")  # logits of the chosen
+    experts = tl.zeros((BLOCK_N, K_PAD), dtype=tl.int32)
+    for choice in tl.static_range(TOP_K):
+        best = tl.max(tl.where(left, keys, -float("inf")), 1)[:, None]
+        index = tl.min(tl.where(left & (keys == best), e, E_PAD), 1)[:, None]  # the lower of equal ones
+        value = tl.sum(tl.where(e == index, logits, 0.0), 1)[:, None]
+        chosen = tl.where(k == choice, value, chosen)
+        experts = tl.where(k == choice, index, experts)
+        left = left & (e != index)
+
+    exps = tl.exp(chosen - tl.max(chosen, 1)[:, None])
+    gates = exps / tl.sum(exps, 1)[:, None]
+    offset = n * TOP_K + k
+    mask = row_mask & (k < TOP_K)
+    tl.store(gates_ptr + offset, gates.to(gates_ptr.dtype.element_ty), mask=mask)
+    tl.store(experts_ptr + offset, experts.to(tl.int64), mask=mask)
+
+
+@triton.jit
+def _route_backward_kernel(
+    logits_ptr,  # (N, E), any strides
+    experts_ptr,  # (N, K) int64
+    dgates_ptr,  # (N, K)
+    dlogits_ptr,  # (N, E)
+    num_tokens,
+    num_experts,
+    stride_n,
+    stride_e,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    E_PAD: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n, e, k, row_mask = _indices(num_tokens, E_PAD, K_PAD, BLOCK_N)
+    mask = row_mask & (k < TOP_K)
+    experts = tl.load(experts_ptr + n * TOP_K + k, mask=mask, other=0)
+    chosen = tl.load(logits_ptr + n * stride_n + experts * stride_e, mask=mask, other=-float("inf")).to(ACC)
+    dgates = tl.load(dgates_ptr + n * TOP_K + k, mask=mask, other=0.0).to(ACC)
+    top = tl.max(chosen, 1)[:, None]
+    exps = tl.exp(chosen - tl.where(row_mask, top, 0.0))
+    gates = exps / tl.where(row_mask, tl.sum(exps, 1)[:, None], 1.0)
+    dchosen = gates * (dgates - tl.sum(gates * dgates, 1)[:, None])
+
+    dlogits = tl.zeros((BLOCK_N, E_PAD), dtype=ACC)
+    for choice in tl.static_range(TOP_K):
+        expert = tl.sum(tl.where(k == choice, experts, 0), 1)[:, None]
+        dlogits = tl.where(e == expert, tl.sum(tl.where(k == choice, dchosen, 0.0), 1)[:, None], dlogits)
+    mask = row_mask & (e < num_experts)
+    tl.store(dlogits_ptr + n * num_experts + e, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _one_hot(experts_ptr, num_slots, num_experts, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
+    """(slots of this program, their experts one-hot); an index outside 0..E-1 counts as expert E."""
+    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    experts = tl.load(experts_ptr + slots, mask=slots < num_slots, other=0)
+    experts = tl.where((experts >= 0) & (experts < num_experts), experts, num_experts)
+    one_hot = (experts[:, None] == tl.arange(0, E_PAD)[None, :]) & (slots < num_slots)[:, None]
+    return slots, one_hot.to(tl.int32)
+
+
+@triton.jit
+def _count_kernel(
+    experts_ptr,  # (N * K,) int
+    counts_ptr,  # (E + 1, blocks) int32
+    num_slots,
+    num_experts,
+    num_blocks,
+    E_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    _, one_hot = _one_hot(experts_ptr, num_slots, num_experts, E_PAD, BLOCK)
+    e = tl.arange(0, E_PAD)
+    tl.store(counts_ptr + e.to(tl.int64) * num_blocks + tl.program_id(0), tl.sum(one_hot, 0), mask=e <= num_experts)
+
+
+@triton.jit
+def _place_kernel(
+    experts_ptr,  # (N * K,) int
+    counts_ptr,  # (E + 1, blocks) int32
+    ends_ptr,  # (E + 1, blocks) int32
+    order_ptr,  # (N * K,) int32
+    slot_rows_ptr,  # (N * K,) int32
+    offsets_ptr,  # (E + 1,) int32
+    num_slots,
+    num_experts,
+    num_blocks,
+    E_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    slots, one_hot = _one_hot(experts_ptr, num_slots, num_experts, E_PAD, BLOCK)
+    e = tl.arange(0, E_PAD)
+    at = e.to(tl.int64) * num_blocks + block
+    start = tl.load(ends_ptr + at, mask=e <= num_experts, other=0)
+    start -= tl.load(counts_ptr + at, mask=e <= num_experts, other=0)
+    rank = tl.cumsum(one_hot, 0) - 1
+    rows = tl.sum(one_hot * (start[None, :] + rank), 1)
+    tl.store(order_ptr + rows, slots, mask=slots < num_slots)
+    lost = tl.sum(one_hot * (e == num_experts)[None, :].to(tl.int32), 1) > 0
+    tl.store(slot_rows_ptr + slots, tl.where(lost, -1, rows), mask=slots < num_slots)
+    if block == 0:  # expert e begins where its first block does
+        tl.store(offsets_ptr + e, start, mask=e <= num_experts)
+
+
+def make_plan(experts: torch.Tensor, num_experts: int) -> RoutingPlan:
+    """The plan for experts (N, K), N * K > 0."""
+    experts = experts.contiguous()
+    device, num_slots = experts.device, experts.numel()
+    meta = launch.parameters("routing_plan", device, num_experts + 1)
+    num_blocks = triton.cdiv(num_slots, meta["BLOCK"])
+    int32: dict = dict(dtype=torch.int32, device=device)
+    counts = torch.empty(num_experts + 1, num_blocks, **int32)
+    plan = RoutingPlan(
+        torch.empty(num_slots, **int32), torch.empty(experts.shape, **int32), torch.empty(num_experts + 1, **int32)
+    )
+    meta["E_PAD"] = triton.next_power_of_2(num_experts + 1)
+    with launch.on(device):
+        _count_kernel[(num_blocks,)](experts, counts, num_slots, num_experts, num_blocks, **meta)
+        ends = counts.flatten().cumsum(0, dtype=torch.int32)
+        _place_kernel[(num_blocks,)](experts, counts, ends, *plan, num_slots, num_experts, num_blocks, **meta)
+    return plan
+
+
+def _route_meta(logits, top_k):
+    N, E = logits.shape
+    meta = launch.parameters("route", logits.device, E)
+    meta |= dict(TOP_K=top_k, K_PAD=triton.next_power_of_2(top_k), E_PAD=triton.next_power_of_2(E))
+    meta["ACC"] = tl.float64 if logits.dtype == torch.float64 else tl.float32
+    return (triton.cdiv(N, meta["BLOCK_N"]),), meta
+
+
+@torch.library.custom_op("heiretsu::route", mutates_args=())
+def _route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    N, E = logits.shape
+    gates = logits.new_empty(N, top_k)
+    experts = torch.empty(N, top_k, dtype=torch.int64, device=logits.device)
+    if N:
+        grid, meta = _route_meta(logits, top_k)
+        with launch.on(logits.device):
+            _route_kernel[grid](logits, gates, experts, N, E, *logits.stride(), **meta)
+    return gates, experts
+
+
+@_route.register_fake
+def _(logits, top_k):
+    shape = logits.shape[0], top_k
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("heiretsu::route_backward", mutates_args=())
+def _route_backward(logits: torch.Tensor, experts: torch.Tensor, dgates: torch.Tensor) -> torch.Tensor:
+    N, E = logits.shape
+    dlogits = logits.new_empty(N, E)
+    if N:
+        grid, meta = _route_meta(logits, experts.shape[1])
+        with launch.on(logits.device):
+            _route_backward_kernel[grid](logits, experts, dgates.contiguous(), dlogits, N, E, *logits.stride(), **meta)
+    return dlogits
+
+
+@_route_backward.register_fake
+def _(logits, experts, dgates):
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dgates, _):
+    return _route_backward(*ctx.saved_tensors, dgates), None
+
+
+_route.register_autograd(_backward, setup_context=_setup_context)
+
+
+@checked
+def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-k routing probabilities, renormalised: `plain.route` (Shazeer et al. 2017, arXiv:1701.06538).
+
+    logits: (N, E) float, any strides. Returns gates (N, K) in logits' dtype and experts (N, K) int64, best first, the
+    lower of equal ones first.
+    """
+    launch.require_device("route", logits)
+    reverse_mode_only("route", logits)
+    return _route(logits, top_k)
+
+
+def audit_cases(arch: str) -> list[AuditCase]:
+    """The launches of route and make_plan on `arch`, a key of launch.TABLE: 64 experts, top 2, bf16 logits."""
+    logits = dict(logits_ptr="*bf16:16", experts_ptr="*i64:16", num_tokens="i32:16", num_experts="i32:16")
+    logits |= dict(stride_n="i32:16")
+    constexprs = dict(stride_e=1, TOP_K=2, K_PAD=2, E_PAD=64, ACC=tl.float32)
+    slots = dict(experts_ptr="*i64:16", counts_ptr="*i32:16", num_slots="i32:16", num_experts="i32:16")
+    slots |= dict(num_blocks="i32:16")
+    place = dict(ends_ptr="*i32:16", order_ptr="*i32:16", slot_rows_ptr="*i32:16", offsets_ptr="*i32:16")
+    return [
+        _audit_case("route", _route_kernel, logits | dict(gates_ptr="*bf16:16"), constexprs, arch, 64),
+        _audit_case(
+            "route",
+            _route_backward_kernel,
+            logits | dict(dgates_ptr="*bf16:16", dlogits_ptr="*bf16:16"),
+            constexprs,
+            arch,
+            64,
+        ),
+        _audit_case("routing_plan", _count_kernel, slots, dict(E_PAD=128), arch, 65),
+        _audit_case("routing_plan", _place_kernel, slots | place, dict(E_PAD=128), arch, 65),
+    ]
+
+
+def _audit_case(entry, kernel, signature, constexprs, arch, size):
+    meta = launch.lookup(entry, arch, size)
+    blocks = {key: value for key, value in meta.items() if key.isupper()}
+    options = dict(num_warps=meta["num_warps"], num_stages=meta["num_stages"])
+    name = kernel.__name__.strip("_").removesuffix("_kernel")
+    return AuditCase(f"{entry} {name}", kernel, signature, constexprs | blocks, **options)
