@@ -135,7 +135,7 @@ class _Watch:
 
     def start_launch(self, original, args, kwargs):
         args_host, kwargs_host = original(args, kwargs)
-        storages = {}
+        storages: dict = {}
         (executor,) = original.args
         for name, tensor in _tensors([*zip(executor.arg_names, args_host, strict=False), *kwargs_host.items()]):
             if tensor.numel():
