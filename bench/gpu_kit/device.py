@@ -16,7 +16,7 @@ from heiretsu.bench.timing import GpuClock
 
 
 class Device:
-    """cuda: torch.cuda, or an object with the same functions. torch_device: where tensors go. arch: of audit.machines,
+    """cuda: torch.cuda, or an object with the same functions. torch_device: where tensors go. arch: of offgpu.machines,
     None where the audit knows no such machine."""
 
     def __init__(self, cuda: ModuleType | SimpleNamespace, torch_device: torch.device, flush_bytes: int):

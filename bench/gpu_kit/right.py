@@ -18,10 +18,10 @@ from heiretsu.bench.gpu_kit import large, rehearsal, shipped
 from heiretsu.bench.gpu_kit.kit import LONG_S, Item, Kit
 from heiretsu.kernels import fused
 from heiretsu.kernels.gpu import launch
+from heiretsu.offgpu.scratch import poisoned_scratch
 from tests.kernels import forms
 from tests.kernels.cases import all_cases
 from tests.kernels.parity import Case, check, compare, dtype_name, run, same_bits
-from tests.kernels.scratch import poisoned_scratch
 
 LAUNCHES = 20
 DTYPE_ORDER = [torch.bfloat16, torch.float32, torch.float16, torch.float64]

@@ -45,7 +45,7 @@ class Machine:
         self.warps = WarpUnit(self.kernel, self.batch, self.memory, self.report)
         self.registers = [_undefined(register.bits) for register in self.kernel.registers.values()]
         self.ready = {0: np.ones(self.batch.num_lanes, np.bool_)}  # block -> lanes about to run it
-        self.waiting = {}  # (next block, barrier, count) -> lanes at the barrier
+        self.waiting: dict[tuple, np.ndarray] = {}  # (next block, barrier, count) -> lanes at the barrier
         self.exited = np.zeros(self.batch.num_lanes, np.bool_)
         self.focus, steps = None, 0
         while self.ready or self.waiting:

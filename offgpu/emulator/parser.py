@@ -19,7 +19,7 @@ class Instruction(NamedTuple):
 
 
 class Register(NamedTuple):
-    index: int
+    number: int  # its place in the list of registers
     bits: int
 
 
@@ -162,7 +162,8 @@ class _Body:
 
     def _statement(self, text):
         if text.startswith(".loc "):
-            self.line = tuple(map(int, text.split()[1:3]))
+            file, line = map(int, text.split()[1:3])
+            self.line = (file, line)
         elif text.startswith(".reg"):
             self._declare_registers(text)
         elif text.startswith(".local"):

@@ -78,7 +78,7 @@ class SharedRaces:
         new = None if in_flight else values.reshape(len(lanes), -1).view(self.contents.dtype)
         # Warps of a CTA store one after another, so that a conflict inside this very instruction shows too.
         if self._several_warps_on_one_cell(cells, warp):
-            turns = [np.flatnonzero(warp[:, 0] == w) for w in np.unique(warp)]
+            turns: list = [np.flatnonzero(warp[:, 0] == w) for w in np.unique(warp)]
         else:
             turns = [slice(None)]
         for turn in turns:

@@ -13,6 +13,7 @@ operations.py (data, memory, warps, control) and arithmetic.py, registered under
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,7 @@ MODIFIERS = set(
 MODIFIER_FAMILIES = ("L1::", "L2::", "shared::cta", "m16n8k", "m8n8k", "m64n")
 ANY_MODIFIER = set("fence membar createpolicy griddepcontrol prefetch bra call cvta nanosleep wgmma".split())
 
-HANDLERS = {}
+HANDLERS: dict[str, Callable] = {}
 
 
 def opcode(*roots):
@@ -90,7 +91,8 @@ class Translator:
 
     def __init__(self, kernel: Kernel, masked: bool):
         self.kernel, self.masked = kernel, masked
-        self.source, self.constants = [], {}
+        self.source: list[str] = []
+        self.constants: dict[str, object] = {}
 
     def emit(self, statement):
         self.source.append(" " + statement)
@@ -128,7 +130,7 @@ class Translator:
         register, dtype = self.kernel.registers.get(operand), dtype_of(type_name)
         if register is None:
             return self._literal(operand, dtype)
-        bits, kind, value = bits_of(type_name), np.dtype(dtype).kind, f"R[{register.index}]"
+        bits, kind, value = bits_of(type_name), np.dtype(dtype).kind, f"R[{register.number}]"
         if register.bits < bits:
             if kind == "i":
                 return f"{value}.view(np.int{register.bits}).astype(np.int{bits})"
@@ -156,10 +158,10 @@ class Translator:
         if operand == "_":
             return self.constant(dtype(0))
         based = operand.lstrip("-")[:2].lower() in ("0x", "0b")
-        value = int(operand.rstrip("U"), 0 if based else 10)
+        number = int(operand.rstrip("U"), 0 if based else 10)
         if dtype is np.bool_:
-            return self.constant(np.bool_(value & 1))
-        return self.constant(unsigned(value & (1 << unsigned(0).itemsize * 8) - 1).view(dtype))
+            return self.constant(np.bool_(number & 1))
+        return self.constant(unsigned(number & (1 << unsigned(0).itemsize * 8) - 1).view(dtype))
 
     def _is_symbol(self, name):
         return name in self.kernel.shared or name in self.kernel.constants or name in self.kernel.local
@@ -185,7 +187,7 @@ class Translator:
         base, offset = split_address(operand)
         register = self.kernel.registers.get(base)
         if register is not None:
-            value = f"R[{register.index}]"
+            value = f"R[{register.number}]"
             return f"({value}.astype(np.int64)+{self.constant(np.int64(offset))})" if offset else value
         if self._is_symbol(base):
             return f"np.int64(M.memory.symbols[{base!r}]+{offset})"

@@ -113,7 +113,7 @@ class WarpUnit:
         }[op]
         values = self.batch.whole(value).copy().view(kind).reshape(-1, WARP)
         active = self.batch.mask(mask).reshape(-1, WARP)
-        result = np.zeros(len(values), kind)
+        result: np.ndarray = np.zeros(len(values), kind)
         for w in np.flatnonzero(active.any(1)):
             result[w] = function.reduce(values[w][active[w]], dtype=kind)
         return np.repeat(result, WARP).view(np.uint32)

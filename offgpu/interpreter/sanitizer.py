@@ -27,7 +27,7 @@ import triton
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from tests.kernels.scratch import PATTERN
+from heiretsu.offgpu.scratch import PATTERN
 
 ORDERS = ("forward", "reverse", "random")
 NOBODY, SEVERAL = -1, -2  # beside program numbers

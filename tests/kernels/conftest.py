@@ -6,8 +6,8 @@ kernels directly: they run here under TRITON_INTERPRET=1 or on a GPU, and are le
 
 import pytest
 
+from heiretsu.offgpu.scratch import poisoned_scratch
 from tests.kernels import forms
-from tests.kernels.scratch import poisoned_scratch
 
 MUTATION_LINES = pytest.StashKey[list[str]]()
 

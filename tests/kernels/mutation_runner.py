@@ -125,10 +125,10 @@ def _run_case(folder, op, name, only=None):
     """
     sys.meta_path.insert(0, _KernelsFrom(folder))
     from heiretsu.offgpu.interpreter.sanitizer import sanitize
+    from heiretsu.offgpu.scratch import poisoned_scratch
     from tests.kernels.cases import all_cases
     from tests.kernels.forms import triton_form
     from tests.kernels.parity import check, dtype_name
-    from tests.kernels.scratch import poisoned_scratch
 
     (case,) = (case for case in all_cases() if (case.op, case.name) == (op, name))
     for dtype in case.dtypes:

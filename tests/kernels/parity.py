@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 
 from heiretsu.kernels import plain
-from tests.kernels.scratch import poison_
+from heiretsu.offgpu.scratch import poison_
 
 OUTPUT_NAMES = {  # of the ops that return more than one tensor; layer_norm returns the second one with residual only
     "attention_lse": ("out", "lse"),

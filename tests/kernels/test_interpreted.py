@@ -1,4 +1,5 @@
-"""Plain `pytest` tests the Triton kernels too: this runs tests/kernels once more, with TRITON_INTERPRET=1.
+"""Plain `pytest` tests the Triton kernels too: this runs tests/kernels once more, with TRITON_INTERPRET=1, and what
+watches the interpreter.
 
 Triton decides at import whether a kernel is interpreted, so that takes a process of its own. To work on a kernel, run
 `TRITON_INTERPRET=1 pytest tests/kernels`, which says more.
@@ -15,7 +16,17 @@ from tests.kernels.parity import dtype_name
 
 def test_the_triton_kernels_pass_in_the_interpreter(tmp_path, pytestconfig):
     report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/kernels",
+        "tests/offgpu/interpreter",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["--ignore=tests/kernels/test_mutations.py", f"--junitxml={report}"]  # mutations run in this session
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True)

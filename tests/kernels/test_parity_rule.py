@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from heiretsu.kernels import plain
+from heiretsu.offgpu.scratch import poisoned_scratch
 from tests.kernels.parity import Case, ParityError, check, compare
-from tests.kernels.scratch import poisoned_scratch
 
 
 def _layer_norm_inputs(generator, dtype):

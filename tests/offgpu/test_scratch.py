@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.kernels.scratch import PATTERN, poisoned_scratch
+from heiretsu.offgpu.scratch import PATTERN, poisoned_scratch
+
+
+@pytest.fixture(autouse=True)
+def scratch_memory_is_poisoned():
+    with poisoned_scratch():
+        yield
+
 
 ALLOCATIONS = {
     "empty": lambda like: torch.empty(3, 5, dtype=like.dtype),
