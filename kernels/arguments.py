@@ -15,11 +15,15 @@ vocabulary.
 import functools
 import math
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.autograd import forward_ad
 
 from heiretsu.kernels.random import signed
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST_HEAD_DIM = 256  # this and the next two: what the Triton kernels have tiles for
@@ -29,25 +33,25 @@ MOST_SLOTS = 2**31 - 2**16  # tokens x top_k: a routing plan numbers them in 32 
 LARGEST_OFFSET = 2**62  # of a shard in the whole: sums with positions stay within 64 bits
 
 
-def checked(form):
+def checked(form: Callable[P, R]) -> Callable[P, R]:
     """`form`, a public function named like its op, which now checks its arguments and keeps to their dtypes."""
     check = CHECKS[form.__name__]
     form = own_dtypes(form)
 
     @functools.wraps(form)
-    def op(*args, **kwargs):
+    def op(*args: P.args, **kwargs: P.kwargs) -> R:
         check(*args, **kwargs)
         return form(*args, **kwargs)
 
     return op
 
 
-def own_dtypes(function):
+def own_dtypes(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, whose first argument is a tensor, with torch.autocast off."""
 
     @functools.wraps(function)
-    def computes(*args, **kwargs):
-        first = args[0] if args else next(value for value in kwargs.values() if isinstance(value, torch.Tensor))
+    def computes(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         device = first.device.type
         if device != "meta" and torch.is_autocast_enabled(device):  # it raises for meta tensors, which have no autocast
             with torch.autocast(device, enabled=False):

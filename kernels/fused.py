@@ -6,36 +6,38 @@ file is the only place that chooses. It works without Triton installed (macOS), 
 """
 
 import functools
+import importlib
 import importlib.util
 import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from heiretsu.kernels import plain
-from heiretsu.kernels.cpu import attention as cpu_attention
-from heiretsu.kernels.cpu import cross_entropy as cpu_cross_entropy
-from heiretsu.kernels.cpu import moe as cpu_moe
-from heiretsu.kernels.cpu import pointwise as cpu_pointwise
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from heiretsu.kernels.gpu import attention as triton_attention
-    from heiretsu.kernels.gpu import bias_gelu as triton_bias_gelu
-    from heiretsu.kernels.gpu import cross_entropy as triton_cross_entropy
-    from heiretsu.kernels.gpu import dropout as triton_dropout
-    from heiretsu.kernels.gpu import launch, moe
-    from heiretsu.kernels.gpu import layer_norm as triton_layer_norm
+    from heiretsu.kernels.gpu import launch
 
 INTERPRETED = HAS_TRITON and launch.INTERPRETED
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def _choose(name, cpu_form, triton_form):
-    """The op that runs cpu_form or triton_form by the device of its first tensor. triton_form: None without Triton."""
-    specification = getattr(plain, name)
+def _fast(specification: Callable[P, R], file: str = "") -> Callable[P, R]:
+    """The op of `plain` in the form for its first tensor's device: kernels/cpu/<file>.py or kernels/gpu/<file>.py,
+    which are named like the op unless given."""
+    name = specification.__name__
     first_name = next(iter(inspect.signature(specification).parameters))
 
+    def form(folder: str) -> Callable[P, R]:
+        return getattr(importlib.import_module(f"heiretsu.kernels.{folder}.{file or name}"), name)
+
+    cpu_form, triton_form = form("cpu"), form("gpu") if HAS_TRITON else None
+
     @functools.wraps(specification)
-    def op(*args, **kwargs):
+    def op(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0] if args else kwargs.get(first_name)
         device = first.device.type if isinstance(first, torch.Tensor) else "cpu"  # no tensor: for the form to refuse
         if device == "cpu" and not INTERPRETED:
@@ -47,8 +49,8 @@ def _choose(name, cpu_form, triton_form):
     return op
 
 
-def describe(device) -> str:
-    """One line for start-up: which forms run on tensors of this device (a torch.device)."""
+def describe(device: torch.device) -> str:
+    """One line for start-up: which forms run on tensors of this device."""
     if device.type == "cpu" and not INTERPRETED:
         return "fused kernels: CPU forms (ATen, chunked, grouped)"
     if not HAS_TRITON:
@@ -58,17 +60,11 @@ def describe(device) -> str:
     return f"fused kernels: Triton ({launch.architecture(device)})"
 
 
-attention = _choose("attention", cpu_attention.attention, triton_attention.attention if HAS_TRITON else None)
-attention_lse = _choose(
-    "attention_lse", cpu_attention.attention_lse, triton_attention.attention_lse if HAS_TRITON else None
-)
-route = _choose("route", cpu_moe.route, moe.route if HAS_TRITON else None)
-expert_mlp = _choose("expert_mlp", cpu_moe.expert_mlp, moe.expert_mlp if HAS_TRITON else None)
-bias_gelu = _choose("bias_gelu", cpu_pointwise.bias_gelu, triton_bias_gelu.bias_gelu if HAS_TRITON else None)
-dropout = _choose("dropout", cpu_pointwise.dropout, triton_dropout.dropout if HAS_TRITON else None)
-layer_norm = _choose("layer_norm", cpu_pointwise.layer_norm, triton_layer_norm.layer_norm if HAS_TRITON else None)
-linear_cross_entropy = _choose(
-    "linear_cross_entropy",
-    cpu_cross_entropy.linear_cross_entropy,
-    triton_cross_entropy.linear_cross_entropy if HAS_TRITON else None,
-)
+attention = _fast(plain.attention)
+attention_lse = _fast(plain.attention_lse, file="attention")
+bias_gelu = _fast(plain.bias_gelu)
+dropout = _fast(plain.dropout)
+expert_mlp = _fast(plain.expert_mlp)
+layer_norm = _fast(plain.layer_norm)
+linear_cross_entropy = _fast(plain.linear_cross_entropy)
+route = _fast(plain.route)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from heiretsu.kernels.arguments import attention_options, checked, own_dtypes, reverse_mode_only
 from heiretsu.kernels.cpu.random import BlockPhilox
+from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.random import Dropout
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -71,7 +72,7 @@ def _attention(
 @_attention.register_fake
 def _attention_fake(q, k, v, causal, scale, dropout_p, seed, batch_offset, head_offset):
     B, H, T, D = q.shape
-    lse = q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(B, H, T, dtype=at_least_float32(q.dtype))
     keep = q.new_empty((B, H, T, k.shape[2]) if dropout_p > 0.0 else 0, dtype=torch.bool)
     return q.new_empty(B, T, H, D).transpose(1, 2), lse, keep
 
@@ -90,7 +91,7 @@ def _attention_backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     dout, q, k, v = map(_unit_stride, (dout, q, k, v))
     blind = _blind_rows(q, k, causal)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = at_least_float32(q.dtype)
     sums = [t.new_zeros(t.shape, dtype=wide) if need else None for t, need in ((q, need_dq), *[(k, need_dkdv)] * 2)]
     for heads in _groups(q, k):
         dout_, q_, out_, lse_ = (t[:, heads, blind:] for t in (dout, q, out, lse))
@@ -197,7 +198,7 @@ def _blocks(q, k, causal):
 
 def _scores(q, k, rows, keys, causal, scale, shift):
     """Scores of a block in float32 at least, hidden ones -inf."""
-    s = (q[rows] @ k[keys].T).to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
+    s = (q[rows] @ k[keys].T).to(at_least_float32(q.dtype)).mul_(scale)
     if causal:
         hidden = s.new_ones(s.shape, dtype=torch.bool).triu_(rows.start + shift + 1)
         s.masked_fill_(hidden, -torch.inf)

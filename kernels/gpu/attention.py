@@ -9,6 +9,7 @@ float32, float16 and bfloat16 on a GPU; float64 in the interpreter as well.
 import torch
 
 from heiretsu.kernels.arguments import attention_options, checked, reverse_mode_only
+from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import attention_backward, attention_forward, launch
 from heiretsu.kernels.gpu.attention_tiles import block_d
 from heiretsu.kernels.random import Dropout
@@ -28,7 +29,7 @@ def _attention(
 @_attention.register_fake
 def _attention_fake(q, k, v, causal, scale, dropout_p, seed, batch_offset, head_offset):
     B, H, T, D = q.shape
-    lse = q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(B, H, T, dtype=at_least_float32(q.dtype))
     return q.new_empty(B, T, H, D).transpose(1, 2), lse
 
 

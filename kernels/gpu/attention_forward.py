@@ -12,10 +12,10 @@ cache), against the (T, S) score matrix written and read three times. FLOPs: 4 T
 B batch, H heads, T queries, S keys, D head dim.
 """
 
-import torch
 import triton
 import triton.language as tl
 
+from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import launch
 from heiretsu.kernels.gpu.attention_tiles import LN_2, LOG2_E, block_d, dot, dot_add, keep_mask, load_rows, store_rows
 from heiretsu.kernels.random import Dropout
@@ -118,7 +118,7 @@ def forward(q, k, v, causal: bool, scale: float, dropout: Dropout):
     """out (B, H, T, D) in the memory layout (B, T, H, D), and lse (B, H, T). The arguments have been checked."""
     B, H, T, D = q.shape
     out = q.new_empty(B, T, H, D).transpose(1, 2)
-    lse = q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(B, H, T, dtype=at_least_float32(q.dtype))
     meta = launch.parameters("attention_forward", q.device, D, q.itemsize, dropout.drop_below > 0)
     grid = (triton.cdiv(T, meta["BLOCK_M"]) * B * H,)
     with launch.on(q.device):

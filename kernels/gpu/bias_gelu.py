@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels.arguments import checked, reverse_mode_only
+from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import launch
 from heiretsu.kernels.gpu.gelu import gelu, gelu_and_derivative
-from heiretsu.kernels.gpu.row_tiles import as_rows, contiguous_like, load_tile, store_tile, wide_dtype
+from heiretsu.kernels.gpu.row_tiles import as_rows, contiguous_like, load_tile, store_tile
 
 
 @triton.jit
@@ -101,7 +102,7 @@ def _backward(
     rows, dout_rows, F = as_rows(x), as_rows(dout), x.shape[-1]
     meta = launch.parameters("bias_gelu_backward", x.device, itemsize=x.itemsize)
     row_blocks = triton.cdiv(rows.shape[0], meta["ROWS"])
-    partial = x.new_empty(row_blocks, F, dtype=wide_dtype(x.dtype)) if need_dbias else None
+    partial = x.new_empty(row_blocks, F, dtype=at_least_float32(x.dtype)) if need_dbias else None
     grid = (row_blocks * triton.cdiv(F, meta["BLOCK_F"]),)
     with launch.on(x.device):
         _backward_kernel[grid](

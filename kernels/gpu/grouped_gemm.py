@@ -1,7 +1,7 @@
 """Grouped matrix multiplication: one launch multiplies every expert's rows by that expert's matrix.
 
-Rows are sorted by expert (see `routing.RoutingPlan`), so expert e owns rows offsets[e] .. offsets[e + 1] of a virtual
-row matrix. Two kernels:
+Rows are sorted by expert (see `routing_plan.RoutingPlan`), so expert e owns rows offsets[e] .. offsets[e + 1] of a
+virtual row matrix. Two kernels:
 
 - `grouped_gemm`: out[r] = epilogue(a[row r] @ w[e]), also with w[e] transposed. One program computes BLOCK_M rows of
   one expert by BLOCK_N columns. It finds its expert from the offsets on the device, so the host launches an upper bound
@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import launch
 from heiretsu.kernels.gpu.gelu import gelu, gelu_and_derivative
 from heiretsu.kernels.gpu.launch import AuditCase
@@ -259,7 +260,7 @@ def grouped_gemm(
     """Write out[r] = epilogue(a[row r] @ w[expert of r] + bias[expert of r]); nothing for a row of no expert.
 
     a: (N, depth) with gather, else (R, depth). w: (E, depth, cols) in a's dtype. a and w may have any strides.
-    bias: (E, cols) float, contiguous, or None. out, act, h: (R, cols), contiguous. plan: routing.RoutingPlan.
+    bias: (E, cols) float, contiguous, or None. out, act, h: (R, cols), contiguous. plan: routing_plan.RoutingPlan.
     epilogue: "linear"; "gelu": act = gelu(out), and out may be None; "dgelu": see the header, needs h, gates and act.
     Returns, for "dgelu" with want_dbias, the sums of out's columns over each row tile, (tiles, cols), and the rows of a
     tile; else (None, 0).
@@ -267,7 +268,7 @@ def grouped_gemm(
     num_rows, (E, depth, cols) = plan.order.numel(), w.shape
     meta = _parameters("grouped_gemm", a, cols, depth, *w.stride())
     tiles = row_tile_bound(num_rows, E, meta["BLOCK_M"])
-    accumulator = torch.promote_types(a.dtype, torch.float32)
+    accumulator = at_least_float32(a.dtype)
     dbias = torch.empty(tiles, cols, dtype=accumulator, device=a.device) if want_dbias else None
     unused = act if out is None else out
     if tiles and cols:
@@ -290,7 +291,7 @@ def weight_gradients(a, b, plan, like, *, gather_a=False, gather_b=False):
         by_size = plan.offsets.diff().argsort(descending=True, stable=True)
         meta = _parameters("grouped_gemm_dw", a, num_a, num_b, *b.stride())
         meta |= dict(TOP_K=plan.top_k, GATHER_A=gather_a, GATHER_B=gather_b)
-        meta["ACC"] = triton_dtype(torch.promote_types(a.dtype, torch.float32))
+        meta["ACC"] = triton_dtype(at_least_float32(a.dtype))
         grid = (E * triton.cdiv(num_a, meta["BLOCK_A"]) * triton.cdiv(num_b, meta["BLOCK_B"]),)
         with launch.on(a.device):
             _weight_gradient_kernel[grid](

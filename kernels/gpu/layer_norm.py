@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels.arguments import checked, reverse_mode_only
+from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import launch
-from heiretsu.kernels.gpu.row_tiles import as_rows, contiguous_like, load_tile, store_tile, wide_dtype, widen
+from heiretsu.kernels.gpu.row_tiles import as_rows, contiguous_like, load_tile, store_tile, widen
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def _outputs(x, residual):
     total = x.new_empty(0)
     if residual is not None:
         total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    return contiguous_like(x), total, *(x.new_empty(N, dtype=wide_dtype(total.dtype)) for _ in range(2))
+    return contiguous_like(x), total, *(x.new_empty(N, dtype=at_least_float32(total.dtype)) for _ in range(2))
 
 
 @torch.library.custom_op("heiretsu::layer_norm", mutates_args=())

@@ -34,10 +34,5 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums of `dtype` are taken in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def contiguous_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)

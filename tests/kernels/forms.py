@@ -24,18 +24,16 @@ def available() -> list[str]:
     return ["cpu-form", "gpu"] if torch.cuda.is_available() else ["cpu-form"]
 
 
-TRITON_FILES = {
-    "attention": "attention",
-    "attention_lse": "attention",
-    "bias_gelu": "bias_gelu",
-    "dropout": "dropout",
-    "expert_mlp": "moe",
-    "layer_norm": "layer_norm",
-    "linear_cross_entropy": "cross_entropy",
-    "route": "moe",
-}
+def cpu_form(op: str) -> Callable:
+    """The public function of the op's file in kernels/cpu."""
+    return _form("cpu", op)
 
 
 def triton_form(op: str) -> Callable:
-    """The public function of the op's kernel file, which launches Triton on any tensor."""
-    return getattr(importlib.import_module(f"heiretsu.kernels.gpu.{TRITON_FILES[op]}"), op)
+    """The public function of the op's file in kernels/gpu, which launches Triton on any tensor."""
+    return _form("gpu", op)
+
+
+def _form(folder: str, op: str) -> Callable:
+    file = {"attention_lse": "attention"}.get(op, op)
+    return getattr(importlib.import_module(f"heiretsu.kernels.{folder}.{file}"), op)

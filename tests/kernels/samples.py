@@ -9,22 +9,9 @@ from collections.abc import Callable
 import torch
 
 from heiretsu.kernels import plain
-from heiretsu.kernels.cpu import attention as cpu_attention
-from heiretsu.kernels.cpu import cross_entropy as cpu_cross_entropy
-from heiretsu.kernels.cpu import moe as cpu_moe
-from heiretsu.kernels.cpu import pointwise as cpu_pointwise
+from heiretsu.kernels.arguments import CHECKS
 from tests.kernels import forms
 
-CPU_FILES = {
-    "attention": cpu_attention,
-    "attention_lse": cpu_attention,
-    "bias_gelu": cpu_pointwise,
-    "dropout": cpu_pointwise,
-    "expert_mlp": cpu_moe,
-    "layer_norm": cpu_pointwise,
-    "linear_cross_entropy": cpu_cross_entropy,
-    "route": cpu_moe,
-}
 MASK = dict(dropout_p=0.3, seed=2**40 + 7, offsets=(3, 1))
 
 
@@ -82,12 +69,12 @@ SAMPLES: dict[str, tuple[str, Callable]] = {
     "expert_mlp, no biases": ("expert_mlp", _expert_mlp(biases=False)),
     "linear_cross_entropy": ("linear_cross_entropy", _linear_cross_entropy),
 }
-OPS = sorted(CPU_FILES)
+OPS = sorted(CHECKS)
 
 
 def all_forms(op: str) -> dict[str, Callable]:
     """Every form of an op, whether this process can launch it or not."""
-    every = {"plain": getattr(plain, op), "cpu-form": getattr(CPU_FILES[op], op)}
+    every = {"plain": getattr(plain, op), "cpu-form": forms.cpu_form(op)}
     return every | ({"triton": forms.triton_form(op)} if forms.HAS_TRITON else {})
 
 

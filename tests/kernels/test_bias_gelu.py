@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heiretsu.kernels import fused
-from heiretsu.kernels.cpu import pointwise as cpu_pointwise
+from heiretsu.kernels.cpu import bias_gelu as cpu_bias_gelu
 from tests.kernels import forms
 from tests.kernels.cases.bias_gelu import CASES
 from tests.kernels.parity import Case, check
@@ -22,7 +22,7 @@ each_form = pytest.mark.parametrize("form", FORMS)
 def function(form):
     """The form of bias_gelu, and the device of its tensors."""
     if form == "cpu":
-        return cpu_pointwise.bias_gelu, "cpu"
+        return cpu_bias_gelu.bias_gelu, "cpu"
     return triton_bias_gelu.bias_gelu, forms.TRITON_DEVICE
 
 
@@ -96,7 +96,7 @@ def test_the_cpu_form_saves_no_more_than_the_derivative():
     saved = []
     x, bias = inputs("cpu", 50, 64, dtype=torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel() * t.itemsize), lambda t: t):
-        cpu_pointwise.bias_gelu(x, bias)
+        cpu_bias_gelu.bias_gelu(x, bias)
     assert sum(saved) == x.numel() * 2
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from heiretsu.kernels.cpu import pointwise as cpu_pointwise
+from heiretsu.kernels.cpu import dropout as cpu_dropout
 from heiretsu.kernels.random import dropout_keep_mask
 from tests.kernels import forms
 
@@ -20,7 +20,7 @@ each_form = pytest.mark.parametrize("form", FORMS)
 def function(form):
     """The form of dropout, its custom op, and the device of its tensors."""
     if form == "cpu":
-        return cpu_pointwise.dropout, cpu_pointwise._dropout, "cpu"
+        return cpu_dropout.dropout, cpu_dropout._dropout, "cpu"
     return triton_dropout.dropout, triton_dropout._dropout, forms.TRITON_DEVICE
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heiretsu.kernels import fused, plain
-from heiretsu.kernels.cpu import pointwise as cpu_pointwise
+from heiretsu.kernels.cpu import layer_norm as cpu_layer_norm
 from tests.kernels import forms
 from tests.kernels.parity import Case, check
 
@@ -20,7 +20,7 @@ each_form = pytest.mark.parametrize("form", FORMS)
 def function(form):
     """The form of layer_norm, and the device of its tensors."""
     if form == "cpu":
-        return cpu_pointwise.layer_norm, "cpu"
+        return cpu_layer_norm.layer_norm, "cpu"
     return triton_layer_norm.layer_norm, forms.TRITON_DEVICE
 
 

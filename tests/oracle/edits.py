@@ -249,7 +249,7 @@ EDITS = [
         f"{STORED}[mixture]",
     ),
     Edit("a step that overflowed is taken", "parallel/engine.py", "if not skipped:", "if True:", SKIPPED),
-    Edit("a GELU of the CPU forms' own", "kernels/cpu/pointwise.py", "0.044715 *", "0.0447 *", kind("dense fused")),
+    Edit("a GELU of the CPU forms' own", "kernels/cpu/gelu.py", "0.044715 *", "0.0447 *", kind("dense fused")),
     Edit(
         "two replicas' gradients are not averaged",
         "parallel/data.py",

@@ -1,4 +1,4 @@
-"""Mixture-of-experts ops on CPU tensors: the same meaning as `plain`, in the fastest form that ATen allows.
+"""Mixture of experts on CPU tensors: the meaning of `plain.expert_mlp`, in the fastest form that ATen allows.
 
 Three things make `plain.expert_mlp` slow beside its GEMMs. Autograd gives `w1[e]` a zero-filled gradient the size of
 all experts and adds E of them; every expert allocates its activations anew, and on a CPU fresh pages cost as much as
@@ -18,21 +18,9 @@ N tokens, K experts per token, E experts, C hidden size, F feed-forward size.
 import torch
 
 from heiretsu.kernels.arguments import checked, reverse_mode_only
-from heiretsu.kernels.cpu.pointwise import GELU_LINEAR, gelu_block
-
-_BLOCK_ELEMENTS = 1 << 17  # of GELU: see cpu_pointwise
-
-
-@checked
-def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`plain.route`: gates (N, K) in logits' dtype, experts (N, K) int64.
-
-    A softmax renormalised over the chosen experts is the softmax of their logits alone, so the backward touches K
-    values of a row instead of E.
-    """
-    experts = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    chosen = logits.gather(1, experts)
-    return chosen.to(_at_least_float32(logits.dtype)).softmax(-1).to(logits.dtype), experts
+from heiretsu.kernels.cpu.gelu import GELU_LINEAR, gelu_block
+from heiretsu.kernels.cpu.row_blocks import BLOCK_ELEMENTS
+from heiretsu.kernels.dtypes import at_least_float32
 
 
 def _sort_by_expert(experts, num_experts):
@@ -118,8 +106,8 @@ class _Gelu:
     """GELU of up to `rows` rows of `width`, and its derivative, in blocks that stay in the cache."""
 
     def __init__(self, x, rows, width):
-        self.step = min(rows, max(1, _BLOCK_ELEMENTS // max(1, width)))
-        self.scratch = x.new_empty(5, self.step, width, dtype=_at_least_float32(x.dtype))
+        self.step = min(rows, max(1, BLOCK_ELEMENTS // max(1, width)))
+        self.scratch = x.new_empty(5, self.step, width, dtype=at_least_float32(x.dtype))
         self.scratch[4] = GELU_LINEAR
 
     def __call__(self, h, out, derivative):
@@ -176,7 +164,7 @@ def _expert_mlp_backward(
         dx_rows[bounds[-1] :] = 0
     largest = _largest(bounds)
     x_rows, dy_rows, dh_rows = x.new_empty(largest, C), x.new_empty(largest, C), x.new_empty(largest, F)
-    dgate = gate.new_zeros(gate.shape, dtype=_at_least_float32(gates.dtype))
+    dgate = gate.new_zeros(gate.shape, dtype=at_least_float32(gates.dtype))
     cast, product = _Cast(x, C * F), x.new_empty(0 if w1.dtype == w2.dtype == x.dtype else C * F)
     for e, block in _blocks(bounds):
         size, token = block.stop - block.start, tokens[block]
@@ -214,10 +202,6 @@ def _zero_where_empty(gradient, bounds):
             gradient[e] = 0
 
 
-def _at_least_float32(dtype):
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 def _weight_gradient(inputs, grads, dweight, product):
     """Write dweight = inputs.T @ grads, in its own dtype. product: scratch."""
     if dweight.dtype == inputs.dtype:
@@ -228,7 +212,7 @@ def _weight_gradient(inputs, grads, dweight, product):
 
 def _bias_gradient(grads, dbias):
     """Write dbias = grads summed over rows, in its own dtype."""
-    dbias.copy_(grads.sum(0, dtype=_at_least_float32(dbias.dtype)))
+    dbias.copy_(grads.sum(0, dtype=at_least_float32(dbias.dtype)))
 
 
 @_expert_mlp_backward.register_fake

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heiretsu.kernels import fused, plain
-from heiretsu.kernels.cpu import cross_entropy as cpu_cross_entropy
+from heiretsu.kernels.cpu import linear_cross_entropy as cpu_cross_entropy
 from tests.kernels import forms
 from tests.kernels.parity import Case, check, compare
 
 if forms.HAS_TRITON:
-    from heiretsu.kernels.gpu import cross_entropy as triton_cross_entropy
     from heiretsu.kernels.gpu import launch
+    from heiretsu.kernels.gpu import linear_cross_entropy as triton_cross_entropy
 
 FORMS = [pytest.param("cpu", id="cpu-form"), pytest.param("triton", id="triton", marks=pytest.mark.triton)]
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -171,7 +171,7 @@ def test_the_cpu_form_holds_a_chunk_and_never_the_logits():
         "        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "    return int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text()).group(1))\n"
         "from heiretsu.kernels import plain\n"
-        "from heiretsu.kernels.cpu import cross_entropy as ours\n"
+        "from heiretsu.kernels.cpu import linear_cross_entropy as ours\n"
         "ours._CHUNK_ELEMENTS = 1_000_000\n"
         "x, w = torch.randn(1536, 16, requires_grad=True), torch.randn(30000, 16, requires_grad=True)\n"
         "t = torch.randint(0, 30000, (1536,))\n"

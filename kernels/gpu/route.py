@@ -1,20 +1,10 @@
-"""Top-k routing and the routing plan: which row of a grouped GEMM works for which token and expert.
+"""Top-k routing: a softmax renormalised over the top_k experts of a row, which is the softmax of their logits alone.
 
-`route` is a softmax renormalised over the top_k experts of a row, which is the softmax of their logits alone. Forward
-and backward are one pass over (N, E) each; unfused, PyTorch sorts, gathers, normalises and scatters in about ten. The
-backward recomputes the gates from the logits rather than reading them back rounded.
+Forward and backward are one pass over (N, E) each; unfused, PyTorch sorts, gathers, normalises and scatters in about
+ten. The backward recomputes the gates from the logits rather than reading them back rounded.
 
-`make_plan` is a stable counting sort of the N * K (token, choice) slots by expert, wholly on the device: no count comes
-back to the host. Two launches around one cumulative sum:
-    counts[e, b] = slots of block b with expert e
-    ends         = inclusive sum of counts in the order (expert, block)
-    row of slot  = ends[e, b] - counts[e, b] + its rank among the slots of e in its block
-Integer arithmetic in a fixed order: the plan does not depend on who runs when.
-
-N tokens, E experts, K experts per token. Table entries: route, routing_plan.
+N tokens, E experts, K experts per token. Table entry: route.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -23,24 +13,6 @@ import triton.language as tl
 from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.gpu import launch
 from heiretsu.kernels.gpu.launch import AuditCase
-
-
-class RoutingPlan(NamedTuple):
-    """Rows sorted by expert, as device tensors.
-
-    order: (N * K,) int32: the slot n * K + k that each row works for. Rows of one expert keep the order of their slots;
-        slots whose expert index is outside 0..E-1 come behind all experts and belong to none.
-    slot_rows: (N, K) int32: the row of each slot, the inverse of order; -1 for an index outside 0..E-1.
-    offsets: (E + 1,) int32: expert e owns rows offsets[e] .. offsets[e + 1].
-    """
-
-    order: torch.Tensor
-    slot_rows: torch.Tensor
-    offsets: torch.Tensor
-
-    @property
-    def top_k(self) -> int:
-        return self.slot_rows.shape[1]
 
 
 @triton.jit
@@ -123,79 +95,6 @@ def _route_backward_kernel(
     tl.store(dlogits_ptr + n * num_experts + e, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _one_hot(experts_ptr, num_slots, num_experts, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
-    """(slots of this program, their experts one-hot); an index outside 0..E-1 counts as expert E."""
-    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    experts = tl.load(experts_ptr + slots, mask=slots < num_slots, other=0)
-    experts = tl.where((experts >= 0) & (experts < num_experts), experts, num_experts)
-    one_hot = (experts[:, None] == tl.arange(0, E_PAD)[None, :]) & (slots < num_slots)[:, None]
-    return slots, one_hot.to(tl.int32)
-
-
-@triton.jit
-def _count_kernel(
-    experts_ptr,  # (N * K,) int
-    counts_ptr,  # (E + 1, blocks) int32
-    num_slots,
-    num_experts,
-    num_blocks,
-    E_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    _, one_hot = _one_hot(experts_ptr, num_slots, num_experts, E_PAD, BLOCK)
-    e = tl.arange(0, E_PAD)
-    tl.store(counts_ptr + e.to(tl.int64) * num_blocks + tl.program_id(0), tl.sum(one_hot, 0), mask=e <= num_experts)
-
-
-@triton.jit
-def _place_kernel(
-    experts_ptr,  # (N * K,) int
-    counts_ptr,  # (E + 1, blocks) int32
-    ends_ptr,  # (E + 1, blocks) int32
-    order_ptr,  # (N * K,) int32
-    slot_rows_ptr,  # (N * K,) int32
-    offsets_ptr,  # (E + 1,) int32
-    num_slots,
-    num_experts,
-    num_blocks,
-    E_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    block = tl.program_id(0)
-    slots, one_hot = _one_hot(experts_ptr, num_slots, num_experts, E_PAD, BLOCK)
-    e = tl.arange(0, E_PAD)
-    at = e.to(tl.int64) * num_blocks + block
-    start = tl.load(ends_ptr + at, mask=e <= num_experts, other=0)
-    start -= tl.load(counts_ptr + at, mask=e <= num_experts, other=0)
-    rank = tl.cumsum(one_hot, 0) - 1
-    rows = tl.sum(one_hot * (start[None, :] + rank), 1)
-    tl.store(order_ptr + rows, slots, mask=slots < num_slots)
-    lost = tl.sum(one_hot * (e == num_experts)[None, :].to(tl.int32), 1) > 0
-    tl.store(slot_rows_ptr + slots, tl.where(lost, -1, rows), mask=slots < num_slots)
-    if block == 0:  # expert e begins where its first block does
-        tl.store(offsets_ptr + e, start, mask=e <= num_experts)
-
-
-def make_plan(experts: torch.Tensor, num_experts: int) -> RoutingPlan:
-    """The plan for experts (N, K), N * K > 0."""
-    experts = experts.contiguous()
-    device, num_slots = experts.device, experts.numel()
-    meta = launch.parameters("routing_plan", device, num_experts + 1)
-    num_blocks = triton.cdiv(num_slots, meta["BLOCK"])
-    int32: dict = dict(dtype=torch.int32, device=device)
-    counts = torch.empty(num_experts + 1, num_blocks, **int32)
-    plan = RoutingPlan(
-        torch.empty(num_slots, **int32), torch.empty(experts.shape, **int32), torch.empty(num_experts + 1, **int32)
-    )
-    meta["E_PAD"] = triton.next_power_of_2(num_experts + 1)
-    with launch.on(device):
-        _count_kernel[(num_blocks,)](experts, counts, num_slots, num_experts, num_blocks, **meta)
-        ends = counts.flatten().cumsum(0, dtype=torch.int32)
-        _place_kernel[(num_blocks,)](experts, counts, ends, *plan, num_slots, num_experts, num_blocks, **meta)
-    return plan
-
-
 def _route_meta(logits, top_k):
     N, E = logits.shape
     meta = launch.parameters("route", logits.device, E)
@@ -263,31 +162,20 @@ def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def audit_cases(arch: str) -> list[AuditCase]:
-    """The launches of route and make_plan on `arch`, a key of launch.TABLE: 64 experts, top 2, bf16 logits."""
+    """The launches of route on `arch`, a key of launch.TABLE: 64 experts, top 2, bf16 logits."""
     logits = dict(logits_ptr="*bf16:16", experts_ptr="*i64:16", num_tokens="i32:16", num_experts="i32:16")
     logits |= dict(stride_n="i32:16")
-    constexprs = dict(stride_e=1, TOP_K=2, K_PAD=2, E_PAD=64, ACC=tl.float32)
-    slots = dict(experts_ptr="*i64:16", counts_ptr="*i32:16", num_slots="i32:16", num_experts="i32:16")
-    slots |= dict(num_blocks="i32:16")
-    place = dict(ends_ptr="*i32:16", order_ptr="*i32:16", slot_rows_ptr="*i32:16", offsets_ptr="*i32:16")
+    gradient = dict(dgates_ptr="*bf16:16", dlogits_ptr="*bf16:16")
     return [
-        _audit_case("route", _route_kernel, logits | dict(gates_ptr="*bf16:16"), constexprs, arch, 64),
-        _audit_case(
-            "route",
-            _route_backward_kernel,
-            logits | dict(dgates_ptr="*bf16:16", dlogits_ptr="*bf16:16"),
-            constexprs,
-            arch,
-            64,
-        ),
-        _audit_case("routing_plan", _count_kernel, slots, dict(E_PAD=128), arch, 65),
-        _audit_case("routing_plan", _place_kernel, slots | place, dict(E_PAD=128), arch, 65),
+        _audit_case(_route_kernel, logits | dict(gates_ptr="*bf16:16"), arch),
+        _audit_case(_route_backward_kernel, logits | gradient, arch),
     ]
 
 
-def _audit_case(entry, kernel, signature, constexprs, arch, size):
-    meta = launch.lookup(entry, arch, size)
+def _audit_case(kernel, signature, arch):
+    meta = launch.lookup("route", arch, 64)
     blocks = {key: value for key, value in meta.items() if key.isupper()}
     options = dict(num_warps=meta["num_warps"], num_stages=meta["num_stages"])
+    constexprs = dict(stride_e=1, TOP_K=2, K_PAD=2, E_PAD=64, ACC=tl.float32)
     name = kernel.__name__.strip("_").removesuffix("_kernel")
-    return AuditCase(f"{entry} {name}", kernel, signature, constexprs | blocks, **options)
+    return AuditCase(f"route {name}", kernel, signature, constexprs | blocks, **options)

@@ -3,7 +3,7 @@
 For token n with experts e_k and gates g_k (Gale et al. 2022, arXiv:2211.15841; Tan et al. 2024, arXiv:2403.08245):
     out[n] = sum_k g_k (gelu(x[n] W1[e_k] + b1[e_k]) W2[e_k] + b2[e_k])
 
-Forward, for R = N * K rows sorted by expert (`routing.make_plan`):
+Forward, for R = N * K rows sorted by expert (`routing_plan.make_plan`):
     h, a = x[token] W1 + b1, gelu(h)      grouped GEMM; gathers x in its loads, bias and GELU in its epilogue
     y    = a W2 + b2                      grouped GEMM
     out  = sum_k g_k y[row of (n, k)]     one pass, k in order, in float32
@@ -32,12 +32,11 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels.arguments import checked, reverse_mode_only
-from heiretsu.kernels.gpu import grouped_gemm, launch, routing
+from heiretsu.kernels.dtypes import at_least_float32
+from heiretsu.kernels.gpu import grouped_gemm, launch
 from heiretsu.kernels.gpu.grouped_gemm import find_tile
 from heiretsu.kernels.gpu.launch import AuditCase
-from heiretsu.kernels.gpu.routing import RoutingPlan, route
-
-__all__ = ["audit_cases", "expert_mlp", "route"]
+from heiretsu.kernels.gpu.routing_plan import RoutingPlan, make_plan
 
 
 @triton.jit
@@ -156,7 +155,7 @@ def _combine_backward(dout, y, gates, plan, want_dbias):
     dgates = torch.zeros_like(gates, memory_format=torch.contiguous_format)  # a slot of no expert is in no tile
     meta = launch.parameters("moe_combine_backward", y.device)
     tiles = grouped_gemm.row_tile_bound(plan.order.numel(), num_experts, meta["BLOCK_M"])
-    partial = torch.empty(tiles, C, dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
+    partial = torch.empty(tiles, C, dtype=at_least_float32(y.dtype), device=y.device)
     meta |= dict(TOP_K=plan.top_k, HAS_BIAS=want_dbias, ACC=_accumulator(y), E_PAD=triton.next_power_of_2(num_experts))
     with launch.on(y.device):
         _combine_backward_kernel[(tiles,)](
@@ -202,7 +201,7 @@ def _expert_mlp(
         shapes = (num_rows, experts.shape, E + 1)
         plan = RoutingPlan(*(torch.zeros(shape, dtype=torch.int32, device=x.device) for shape in shapes))
         return x.new_zeros(x.shape), h, y, *plan
-    plan = routing.make_plan(experts, E)
+    plan = make_plan(experts, E)
     a = x.new_empty(num_rows, F)
     grouped_gemm.grouped_gemm(
         x, w1.to(x.dtype), plan, h if save else None,

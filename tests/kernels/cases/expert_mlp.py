@@ -1,4 +1,4 @@
-"""Parity cases and planted bugs of route and expert_mlp.
+"""Parity cases and planted bugs of expert_mlp.
 
 In the interpreter a tile of the grouped GEMM is 32 rows by 64 columns, depth 16, and one of the weight gradient 16 by
 32 columns, 32 rows at a time: the sizes below end inside, at and behind those. Cases about routing have experts or
@@ -9,30 +9,6 @@ rounding error has nothing to compare with: such cases run in float32 alone.
 import torch
 
 from tests.kernels.parity import Case, Mutation
-
-
-def _route(N, E, top_k, edit=lambda logits: logits):
-    def inputs(generator, dtype):
-        logits = edit(torch.randn(N, E, generator=generator))
-        return {"logits": logits.to(dtype).requires_grad_(), "top_k": top_k}
-
-    return inputs
-
-
-def _ties(logits):
-    return (logits * 2).round() / 2  # about ten values: most rows of 8 hold equal ones
-
-
-def _closed(logits):
-    """Experts that a mask has closed, in some rows all but one."""
-    logits[:, 1] = -torch.inf
-    logits[::3, 2:] = -torch.inf
-    return logits
-
-
-def _strided_logits(generator, dtype):
-    table = torch.randn(6, 90, generator=generator).to(dtype)
-    return {"logits": table.T[::2].requires_grad_(), "top_k": 2}  # (45, 6): experts far apart, every other token
 
 
 def _mlp(N, C, F, E, K, experts=None, biases=True, weights=None, gates=True, grad=None):
@@ -119,19 +95,6 @@ TWO = (torch.float32, torch.bfloat16)
 PARAMETERS = ("w1", "b1", "w2", "b2")
 
 CASES = [
-    Case("route", "2 of 8", "three blocks of tokens with a tail", _route(70, 8, 2)),
-    Case("route", "ties", "equal logits go to the lower expert", _route(40, 8, 3, _ties), FLOAT32),
-    Case("route", "1 of 1", "one expert: a gate of 1, no gradient", _route(5, 1, 1), FLOAT32),
-    Case("route", "1 of 5", "top 1: gates are 1 whatever the logits", _route(33, 5, 1), FLOAT32),
-    Case("route", "all of 3", "a plain softmax, sorted; E and K no powers of two", _route(33, 3, 3), TWO),
-    Case(
-        "route", "closed experts", "logits of -inf, chosen where nothing else is left", _route(12, 6, 2, _closed), TWO
-    ),
-    Case("route", "large logits", "overflows without the maximum", _route(10, 4, 2, lambda logits: logits * 300), TWO),
-    Case("route", "strided", "transposed, every other token left out", _strided_logits, FLOAT32),
-    Case("route", "8 of 64", "many experts and choices", _route(20, 64, 8), FLOAT32),
-    Case("route", "no tokens", "N = 0", _route(0, 4, 2), FLOAT32),
-    Case("route", "tiny", "for the emulator", _route(9, 5, 2), TWO, emulate=True),
     Case("expert_mlp", "two of four", "tails everywhere: rows, C and F off the blocks", _mlp(70, 40, 72, 4, 2)),
     Case(
         "expert_mlp",
@@ -194,66 +157,27 @@ CASES = [
 ]
 
 MUTATIONS = [
-    # route
-    Mutation(
-        "tie order flipped",
-        "index = tl.min(tl.where(left & (keys == best), e, E_PAD), 1)",
-        "index = tl.max(tl.where(left & (keys == best), e, -1), 1)",
-        caught_by="ties",
-        file="routing.py",
-    ),
-    Mutation(
-        "gates not renormalised",
-        "gates = exps / tl.sum(exps, 1)[:, None]",
-        "gates = exps",
-        caught_by="all of 3",
-        file="routing.py",
-    ),
-    Mutation(
-        "maximum not subtracted",
-        "tl.exp(chosen - tl.max(chosen, 1)[:, None])",
-        "tl.exp(chosen)",
-        caught_by="large logits",
-        file="routing.py",
-    ),
-    Mutation(
-        "expert chosen twice", "left = left & (e != index)", "left = left", caught_by="all of 3", file="routing.py"
-    ),
-    Mutation(
-        "softmax backward without its mean",
-        "gates * (dgates - tl.sum(gates * dgates, 1)[:, None])",
-        "gates * dgates",
-        caught_by="all of 3",
-        file="routing.py",
-    ),
-    Mutation(
-        "strides of the logits ignored in the backward",
-        "n * stride_n + experts * stride_e",
-        "n * num_experts + experts",
-        caught_by="strided",
-        file="routing.py",
-    ),
     # the plan
     Mutation(
         "rank counts the slot itself",
         "rank = tl.cumsum(one_hot, 0) - 1",
         "rank = tl.cumsum(one_hot, 0)",
         caught_by="three choices",
-        file="routing.py",
+        file="routing_plan.py",
     ),
     Mutation(
         "offsets taken from the last block",
         "if block == 0:",
         "if block == num_blocks - 1:",
         caught_by="one hot",
-        file="routing.py",
+        file="routing_plan.py",
     ),
     Mutation(
         "a stranger gets a row",
         "tl.where(lost, -1, rows)",
         "rows",
         caught_by="strangers",
-        file="routing.py",
+        file="routing_plan.py",
     ),
     # grouped GEMM
     Mutation(
@@ -376,47 +300,41 @@ MUTATIONS = [
         file="grouped_gemm.py",
     ),
     # combine
-    Mutation("gate dropped", "if GATED:", "if False:", caught_by="three choices", file="moe.py"),
+    Mutation("gate dropped", "if GATED:", "if False:", caught_by="three choices"),
     Mutation(
         "only the first choice counts",
         "for k in tl.static_range(TOP_K):",
         "for k in tl.static_range(1):",
         caught_by="three choices",
-        file="moe.py",
     ),
     Mutation(
         "dgates of the last columns only",
         "dgates += tl.sum(dout * y, 1)",
         "dgates = tl.sum(dout * y, 1)",
         caught_by="wide",
-        file="moe.py",
     ),
     Mutation(
         "dgates in the order of rows",
         "tl.store(dgates_ptr + slots",
         "tl.store(dgates_ptr + rows",
         caught_by="three choices",
-        file="moe.py",
     ),
     Mutation(
         "db2 without the gate",
         "tl.sum(gates[:, None] * dout, 0)",
         "tl.sum(dout, 0)",
         caught_by="three choices",
-        file="moe.py",
     ),
     Mutation(
         "db over the wrong segment",
         "first = tl.sum(tl.where(e < expert, tiles, 0), 0)",
         "first = tl.sum(tl.where(e <= expert, tiles, 0), 0)",
         caught_by="three choices",
-        file="moe.py",
     ),
     Mutation(
         "db from the first tiles only",
         "for tile in range(first, last, BLOCK_T):",
         "for tile in range(first, first + 1, BLOCK_T):",
         caught_by="one hot",
-        file="moe.py",
     ),
 ]

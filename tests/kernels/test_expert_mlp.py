@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heiretsu.kernels import plain
-from heiretsu.kernels.cpu import moe as cpu_moe
 from tests.kernels import forms
 
 triton_only = pytest.mark.triton
 if forms.HAS_TRITON:
-    from heiretsu.kernels.gpu import grouped_gemm, launch, moe, routing
+    from heiretsu.kernels.gpu import grouped_gemm, launch
+    from heiretsu.kernels.gpu.expert_mlp import expert_mlp
+    from heiretsu.kernels.gpu.route import route
+    from heiretsu.kernels.gpu.routing_plan import make_plan
 
 few_examples = settings(max_examples=25, deadline=None, database=None)
 
@@ -57,7 +59,7 @@ def routings(draw):
 @given(routings())
 def test_plan_is_the_stable_sort_by_expert(routing_case):
     experts, E = routing_case
-    plan = routing.make_plan(experts.to(forms.TRITON_DEVICE), E)
+    plan = make_plan(experts.to(forms.TRITON_DEVICE), E)
     flat = experts.flatten()
     inside = (flat >= 0) & (flat < E)
     key = torch.where(inside, flat, E)
@@ -74,7 +76,7 @@ def test_plan_is_the_stable_sort_by_expert(routing_case):
 def test_expert_mlp_agrees_with_plain_for_any_routing(routing_case):
     experts, E = routing_case
     values = arguments(len(experts), 5, 6, E, experts.shape[1], torch.float64, forms.TRITON_DEVICE, experts=experts)
-    for ours, expected in zip(run(moe.expert_mlp, values), run(plain.expert_mlp, values), strict=True):
+    for ours, expected in zip(run(expert_mlp, values), run(plain.expert_mlp, values), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -112,12 +114,12 @@ def test_forward_and_backward_do_not_wait_for_the_device(triton_device):
     values = arguments(device=triton_device)
     logits = torch.randn(7, 3, device=triton_device, requires_grad=True)
     if triton_device == "cuda":
-        run(moe.expert_mlp, values)  # compiling may wait
+        run(expert_mlp, values)  # compiling may wait
         torch.cuda.set_sync_debug_mode("error")
     try:
         with NoHostSync():
-            gates, experts = moe.route(logits, 2)
-            out = moe.expert_mlp(values[0], experts, gates, *values[3:])
+            gates, experts = route(logits, 2)
+            out = expert_mlp(values[0], experts, gates, *values[3:])
             torch.autograd.grad(out, [logits, *floats(values[:1] + values[3:])], torch.ones_like(out))
     finally:
         if triton_device == "cuda":
@@ -139,12 +141,12 @@ def test_pre_activations_are_kept_only_for_a_backward(triton_device):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        moe.expert_mlp(*values)
+        expert_mlp(*values)
     assert kept.count((14, 12)) == 1  # h, and not its GELU beside it
     op = torch.ops.heiretsu.expert_mlp
     assert op(*values, False)[1].numel() == 0
     with torch.no_grad():
-        assert torch.equal(moe.expert_mlp(*values), op(*values, True)[0])
+        assert torch.equal(expert_mlp(*values), op(*values, True)[0])
 
 
 # The tile
@@ -168,7 +170,7 @@ def test_odd_sizes_of_16_bit_take_the_tile_that_does_not_spill(monkeypatch, trit
 
     monkeypatch.setattr(launch, "parameters", record)
     with torch.no_grad():
-        moe.expert_mlp(*arguments(C=16, F=F, dtype=dtype, device=triton_device))
+        expert_mlp(*arguments(C=16, F=F, dtype=dtype, device=triton_device))
     assert {name for name in asked if name.startswith("grouped_gemm")} == {entry}
 
 
@@ -178,15 +180,15 @@ def test_odd_sizes_of_16_bit_take_the_tile_that_does_not_spill(monkeypatch, trit
 @triton_only
 def test_results_repeat_bit_for_bit(triton_device):
     values = arguments(40, 8, 12, 3, 2, torch.bfloat16, triton_device)
-    for first, second in zip(run(moe.expert_mlp, values), run(moe.expert_mlp, values), strict=True):
+    for first, second in zip(run(expert_mlp, values), run(expert_mlp, values), strict=True):
         assert torch.equal(first, second)
 
 
 @triton_only
 def test_a_token_does_not_depend_on_the_others(triton_device):
     values = arguments(40, 8, 12, 3, 2, device=triton_device)
-    whole = moe.expert_mlp(*values)
-    part = moe.expert_mlp(*(v[11:30] for v in values[:3]), *values[3:])
+    whole = expert_mlp(*values)
+    part = expert_mlp(*(v[11:30] for v in values[:3]), *values[3:])
     assert torch.equal(part, whole[11:30])
 
 
@@ -194,7 +196,7 @@ def test_a_token_does_not_depend_on_the_others(triton_device):
 def test_weight_gradients_of_float32_masters_are_not_rounded(triton_device):
     x, experts, gates, w1, b1, w2, b2 = arguments(33, 8, 12, 2, 1, torch.float32, triton_device)
     x, gates = x.detach().bfloat16(), gates.detach().bfloat16()
-    out = moe.expert_mlp(x, experts, gates, w1, b1, w2, b2)
+    out = expert_mlp(x, experts, gates, w1, b1, w2, b2)
     for name, grad in zip(("dw1", "db1", "dw2", "db2"), torch.autograd.grad(out.sum(), (w1, b1, w2, b2)), strict=True):
         assert grad.dtype == torch.float32
         assert not torch.equal(grad, grad.bfloat16().float()), name
@@ -203,14 +205,15 @@ def test_weight_gradients_of_float32_masters_are_not_rounded(triton_device):
 # Tracing
 
 
-def layer_compiles(ops, device):
+def layer_compiles(form, device):
     """A routed layer under torch.compile(fullgraph=True) gives the values and gradients that it gives without."""
+    route, expert_mlp = form("route"), form("expert_mlp")
     x, _, _, *weights = arguments(device=device)
     router = torch.randn(8, 3, device=device, requires_grad=True)
 
     def layer(x, router, *weights):
-        gates, experts = ops.route(x @ router, 2)
-        return ops.expert_mlp(x, experts, gates, *weights)
+        gates, experts = route(x @ router, 2)
+        return expert_mlp(x, experts, gates, *weights)
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     values = [x, router, *weights]
@@ -220,11 +223,11 @@ def layer_compiles(ops, device):
 
 @triton_only
 def test_layer_compiles_in_one_graph(triton_device):
-    layer_compiles(moe, triton_device)
+    layer_compiles(forms.triton_form, triton_device)
 
 
 def test_layer_of_cpu_forms_compiles_in_one_graph():
-    layer_compiles(cpu_moe, "cpu")
+    layer_compiles(forms.cpu_form, "cpu")
 
 
 if forms.INTERPRETED:  # float64 runs there only
@@ -235,10 +238,10 @@ if forms.INTERPRETED:  # float64 runs there only
         logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
 
         def layer(x, gates, *weights):
-            return moe.expert_mlp(x, experts, gates, *weights)
+            return expert_mlp(x, experts, gates, *weights)
 
         assert torch.autograd.gradcheck(layer, (x, gates, *weights), fast_mode=True)
-        assert torch.autograd.gradcheck(lambda logits: moe.route(logits, 2)[0], (logits,), fast_mode=True)
+        assert torch.autograd.gradcheck(lambda logits: route(logits, 2)[0], (logits,), fast_mode=True)
 
 
 # What they refuse
@@ -248,13 +251,13 @@ if forms.HAS_TRITON and not forms.INTERPRETED:  # in the interpreter CPU tensors
 
     def test_triton_form_refuses_cpu_tensors_and_names_the_other():
         with pytest.raises(ValueError, match="heiretsu.kernels.fused.expert_mlp"):
-            moe.expert_mlp(*arguments())
+            expert_mlp(*arguments())
 
 
 @triton_only
 def test_second_backward_is_an_error_not_a_wrong_number(triton_device):
     values = arguments(device=triton_device)
-    (dx,) = torch.autograd.grad(moe.expert_mlp(*values).sum(), values[:1], create_graph=True)
+    (dx,) = torch.autograd.grad(expert_mlp(*values).sum(), values[:1], create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(dx.sum(), values[3:4])
 

@@ -24,16 +24,12 @@ import torch
 
 from heiretsu.kernels import plain
 from heiretsu.kernels.arguments import checked, own_dtypes, reverse_mode_only
+from heiretsu.kernels.dtypes import at_least_float32
 
-_CHUNK_ELEMENTS = (
-    26_000_000  # 512 tokens of 50257 words, 50 MB in bf16: fewer rows make more passes over the (V, C) sum
-)
+# 512 tokens of 50257 words, 50 MB in bf16: fewer rows make more passes over the (V, C) sum.
+_CHUNK_ELEMENTS = 26_000_000
 _ROW_BLOCK_ELEMENTS = 1 << 19  # widened to float32 for the softmax: 2 MB, the L2 caches of two cores
 _VOCAB_BLOCK = 2048
-
-
-def _wide(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _slices(total, step):
@@ -88,7 +84,7 @@ def _accumulate_product(total, q, x, first):
 
 def _empty_outputs(x, weight, need_dx, need_dweight):
     (N, C), V = x.shape, weight.shape[0]
-    lse, target_logit = (x.new_empty(N, dtype=_wide(x.dtype)) for _ in range(2))
+    lse, target_logit = (x.new_empty(N, dtype=at_least_float32(x.dtype)) for _ in range(2))
     return lse, target_logit, x.new_empty(N if need_dx else 0, C), lse.new_empty(V if need_dweight else 0, C)
 
 

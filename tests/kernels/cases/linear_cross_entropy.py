@@ -113,7 +113,7 @@ CASES = [
     Case("linear_cross_entropy", "no words", "an empty shard: lse -inf", _inputs(9, 20, 0, vocab=70)),
 ]
 
-_FILE = "cross_entropy.py"
+_FILE = "linear_cross_entropy.py"
 
 MUTATIONS = [
     Mutation(

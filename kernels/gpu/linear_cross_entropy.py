@@ -28,8 +28,9 @@ import triton.language as tl
 
 from heiretsu.kernels import plain
 from heiretsu.kernels.arguments import checked, reverse_mode_only
+from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import launch
-from heiretsu.kernels.gpu.row_tiles import as_rows, wide_dtype
+from heiretsu.kernels.gpu.row_tiles import as_rows
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2.0))
@@ -221,7 +222,7 @@ def _lse(x, weight, local):
     (N, C), V = x.shape, weight.shape[0]
     meta = launch.parameters("linear_cross_entropy_lse", x.device, itemsize=x.itemsize)
     splits = triton.cdiv(V, meta["SPLIT_V"])
-    lse, maxima, sums = (x.new_empty(shape, dtype=wide_dtype(x.dtype)) for shape in (N, (splits, N), (splits, N)))
+    lse, maxima, sums = (x.new_empty(shape, dtype=at_least_float32(x.dtype)) for shape in (N, (splits, N), (splits, N)))
     target_logit = torch.zeros_like(lse)
     _lse_kernel[(triton.cdiv(N, meta["BLOCK_N"]) * splits,)](
         x, weight, local, maxima, sums, target_logit, N, V, C, x.stride(0), weight.stride(0), **meta
@@ -264,7 +265,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, weight, targets, vocab_start):
-    return tuple(x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype)) for _ in range(2))
+    return tuple(x.new_empty(x.shape[0], dtype=at_least_float32(x.dtype)) for _ in range(2))
 
 
 @torch.library.custom_op("heiretsu::linear_cross_entropy_backward", mutates_args=())
@@ -282,7 +283,7 @@ def _backward(
     """dx (N, C) if need_dx and dweight (V, C) if need_dweight, else empty."""
     (N, C), V = x.shape, weight.shape[0]
     rows, dlse, dtarget = as_rows(x), dlse.contiguous(), dtarget.contiguous()
-    dx = x.new_empty(N if need_dx else 0, C, dtype=wide_dtype(x.dtype))
+    dx = x.new_empty(N if need_dx else 0, C, dtype=at_least_float32(x.dtype))
     dweight = weight.new_empty(V if need_dweight else 0, C)
     meta = launch.parameters("linear_cross_entropy_dlogits", x.device, itemsize=x.itemsize)
     # Words of a block: as many tiles as the buffer holds, and one at least.
