@@ -14,7 +14,7 @@ from heiretsu.model.config import ModelConfig, split_layers
 from heiretsu.model.copying import HoldsOps
 from heiretsu.model.moe import MoE
 from heiretsu.model.seeding import fold
-from heiretsu.parallel.mesh import Mesh
+from heiretsu.parallel.mesh import REPLICAS, Mesh
 from heiretsu.parallel.pipeline import Microbatch, StageOutput
 from heiretsu.parallel.placement import Spec, declare
 from heiretsu.parallel.profiling import region
@@ -29,7 +29,8 @@ class LayerNorm(HoldsOps):
 
     def __init__(self, mesh: Mesh, features: int, ops, dtype: torch.dtype):
         super().__init__(ops)
-        declare(self, mesh, dtype, weight=Spec((features,), fill=1.0), bias=Spec((features,)))
+        weight, bias = (Spec((features,), partial_over=REPLICAS, fill=fill) for fill in (1.0, 0.0))
+        declare(self, mesh, dtype, weight=weight, bias=bias)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
         """norm(x), or (norm(x + residual), x + residual). x: (B, T, C)."""
@@ -180,7 +181,8 @@ class PositionEmbedding(nn.Module):
 
     def __init__(self, mesh: Mesh, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
-        declare(self, mesh, dtype, weight=Spec((config.block_size, config.n_embed), std=INIT_STD, decay=True))
+        shape = (config.block_size, config.n_embed)
+        declare(self, mesh, dtype, weight=Spec(shape, partial_over=REPLICAS, std=INIT_STD, decay=True))
 
     def forward(self, length: int, dtype: torch.dtype) -> torch.Tensor:
         return self.weight[:length].to(dtype)

@@ -13,7 +13,7 @@ from heiretsu.model.config import ModelConfig
 from heiretsu.model.copying import HoldsOps
 from heiretsu.parallel.collectives import copy_to, reduce_from
 from heiretsu.parallel.expert import combine, dispatch
-from heiretsu.parallel.mesh import Axis, Mesh
+from heiretsu.parallel.mesh import REPLICAS, Axis, Mesh
 from heiretsu.parallel.placement import Spec, declare
 
 
@@ -25,7 +25,7 @@ class Router(nn.Module):
     def __init__(self, mesh: Mesh, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
         shape = (config.num_experts, config.n_embed)
-        declare(self, mesh, dtype, weight=Spec(shape, std=0.02, decay=True))
+        declare(self, mesh, dtype, weight=Spec(shape, partial_over=REPLICAS, std=0.02, decay=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight)
@@ -47,42 +47,32 @@ class MoE(HoldsOps):
         E, C, F = config.num_experts, config.n_embed, config.ffn_size
         self.config, self.tp, self.ep = config, mesh.tp, mesh.ep
         self.router = Router(mesh, config, dtype)
-        declare(
-            self,
-            mesh,
-            dtype,
-            w1=Spec((E, C, F), ((0, "ep"), (2, "tp")), std=0.02, expert=True, decay=True),
-            b1=Spec((E, F), ((0, "ep"), (1, "tp")), expert=True),
-            w2=Spec((E, F, C), ((0, "ep"), (1, "tp")), std=residual_std, expert=True, decay=True),
-            b2=Spec((E, C), ((0, "ep"),), expert=True),
-        )
+        # An expert serves the tokens of all ep ranks, so that its gradient holds them already.
+        w1 = Spec((E, C, F), ((0, "ep"), (2, "tp")), partial_over=("dp",), std=0.02, decay=True)
+        b1 = Spec((E, F), ((0, "ep"), (1, "tp")), partial_over=("dp",))
+        w2 = Spec((E, F, C), ((0, "ep"), (1, "tp")), partial_over=("dp",), std=residual_std, decay=True)
+        b2 = Spec((E, C), ((0, "ep"),), partial_over=("dp",))
+        declare(self, mesh, dtype, w1=w1, b1=b1, w2=w2, b2=b2)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x: (B, T, C), whole on every tp rank. Returns y (B, T, C), whole; the balance loss; tokens per expert
-        (E,)."""
+        """x: (B, T, C), whole on every tp rank. Returns y (B, T, C), whole; the balance loss; each expert's tokens."""
         B, T, C = x.shape
         tokens = x.reshape(B * T, C)
         logits = self.router(tokens)
         gates, experts = self.ops.route(logits, self.config.top_k)
         aux_loss, load = balance_loss(logits.view(B, T, -1), experts.view(B, T, -1))
 
-        # From here to `reduce`, each tp rank works on its part of F: what enters has partial gradients.
-        y = self._experts(copy_to(tokens, self.tp), experts, copy_to(gates, self.tp))  # (N, C), partial sum over tp
-        return reduce_from(y, self.tp).view(B, T, C), aux_loss, load
-
-    def _experts(self, x, experts, gates):
+        # From here to `reduce_from`, each tp rank works on its part of F: what enters has partial gradients.
+        entering = copy_to(tokens, self.tp), experts, copy_to(gates, self.tp)
+        there = dispatch(*entering, self.config.num_experts, self.ep)
         weights = self.w1, self.b1, self.w2, once(self.b2, self.tp)
-        if self.ep.size == 1:
-            return self.ops.expert_mlp(x, experts, gates, *weights)
-        there = dispatch(x, experts, self.config.num_experts, self.ep)
-        ones = gates.new_ones(len(there.rows), 1)  # the gates stay at home, and weigh the rows that return
-        y = self.ops.expert_mlp(there.rows, there.experts[:, None], ones, *weights)
-        return combine(y, gates, there, self.ep)
+        y = self.ops.expert_mlp(there.rows, there.experts, there.gates, *weights)
+        y = combine(y, there, self.ep)  # (N, C), partial sum over tp
+        return reduce_from(y, self.tp).view(B, T, C), aux_loss, load
 
 
 def once(bias: torch.Tensor, tp: Axis) -> torch.Tensor:
-    """A bias inside a partial sum over tp: itself on one rank and zero on the others, with its whole gradient on
-    all."""
+    """A bias inside a partial sum over tp: itself on one rank and zero on the others; its gradient is whole."""
     return bias if tp.size == 1 else copy_to(bias, tp) * float(tp.index == 0)
 
 
@@ -90,9 +80,8 @@ def balance_loss(logits: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Ten
     """Switch balance loss of each sequence, averaged over sequences (Fedus et al. 2021, arXiv:2101.03961, eq. 4).
 
     logits: (B, T, E). experts: (B, T, K). For a sequence: E * sum_e f_e * p_e, with f_e the share of its token slots
-    sent
-    to expert e and p_e its mean probability. Taken within sequences, so that it does not depend on how they are
-    grouped.
+    sent to
+    expert e and p_e its mean probability. Taken within sequences, so that it does not depend on how they are grouped.
     Returns the loss, 1 when balanced, and the tokens of each expert, (E,) int64.
     """
     E = logits.shape[-1]

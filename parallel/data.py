@@ -78,7 +78,7 @@ class GradientAverager:
             self._next += 1
 
     def finish(self) -> None:
-        """Wait for every sum, divide, and add up the copies of tied parameters. Gradients are then global means."""
+        """Wait for every sum, divide, and add up the copies in several stages. Gradients are then global means."""
         self._launch(only_ready=False)
         self._due = {}
         for bucket in self.buckets:
@@ -90,8 +90,8 @@ class GradientAverager:
             if divisor > 1:
                 bucket.flat.div_(divisor)
         for name, param in self.params.items():
-            axis = self.table[name].tied_axis
-            if axis is not None:
+            axis = self.table[name].shared_axis
+            if axis is not None and axis.size > 1:
                 with region(f"all-reduce {axis.name}", waits=True):
                     dist.all_reduce(param.grad, group=axis.group)
 
@@ -114,15 +114,19 @@ def _hook(averager: weakref.ref[GradientAverager], name: str):
 def _group(params: dict[str, torch.nn.Parameter], table: Table, bucket_bytes: int) -> list[list[str]]:
     """Names bucket by bucket, the model's last parameters first: about the order in which backward finishes them.
 
-    A tied embedding goes last of all: with one stage its gradient is whole only when backward reaches the bottom.
+    What several stages share goes last of all: with one stage its gradient is whole only when backward reaches the
+    bottom.
     """
 
+    def is_shared(name: str) -> bool:
+        return table[name].spec.shared_over is not None
+
     def kind(place: Placement):
-        return place.spec.tied, place.reduce_axis.name, place.divisor
+        return place.spec.shared_over, place.reduce_axis.name, place.divisor
 
     buckets: list[list[str]] = []
     filling: dict[tuple, list[str]] = {}
-    for name in sorted(reversed(params), key=lambda name: table[name].spec.tied):
+    for name in sorted(reversed(params), key=is_shared):
         bucket = filling.setdefault(kind(table[name]), [])
         bucket.append(name)
         if sum(params[n].numel() * params[n].element_size() for n in bucket) >= bucket_bytes:

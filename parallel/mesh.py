@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXIS_NAMES = ("dp", "ep", "pp", "tp")  # slowest to fastest: rank = ((dp * ep + ep_i) * pp + pp_i) * tp + tp_i
+WITHIN_STAGE = ("dp", "ep", "tp")  # the axes along which ranks hold copies or shards of the same parameters
+REPLICAS = ("dp", "ep")  # every (dp, ep) pair is a data replica, with tokens of its own
+JOINT_AXES = {REPLICAS: "replica"}  # what `Mesh.over` joins, each on a channel of its own
 
 
 @dataclass(frozen=True)
@@ -37,21 +40,30 @@ class Axis:
 class Mesh:
     """This rank's axes.
 
-    Every (dp, ep) pair is a data replica. replica: dp x ep, over which a dense gradient is summed. ends: the first and
-    the last pipeline stage, which share the tied embedding (size 1 elsewhere). pp_back: the axis pp again on a channel
-    of its own, so that gradients going up never queue behind activations going down.
+    ends: the first and the last pipeline stage, for parameters that both hold (size 1 elsewhere). pp_back: the axis pp
+    again on a channel of its own, so that gradients going up never queue behind activations going down. joint: the
+    axes that `over` gives.
     """
 
     dp: Axis
     ep: Axis
     pp: Axis
     tp: Axis
-    replica: Axis
     ends: Axis
     pp_back: Axis
     world: Axis
+    joint: Mapping[tuple[str, ...], Axis]
     device: torch.device
     device_mesh: DeviceMesh | None = None  # dp x ep x pp x tp; None without process groups
+
+    def over(self, *names: str) -> Axis:
+        """The axis that several make together, slowest first: ranks that differ in these coordinates alone."""
+        return getattr(self, names[0]) if len(names) == 1 else self.joint[names]
+
+    @property
+    def replica(self) -> Axis:
+        """The data replicas."""
+        return self.over(*REPLICAS)
 
     @property
     def rank(self) -> int:
@@ -114,16 +126,16 @@ def make_mesh(dp: int = 1, ep: int = 1, pp: int = 1, tp: int = 1, device: str | 
         group = dist.group.WORLD if axis.name == "world" else device_mesh.get_group(axis.name)
         return _with_group(axis, group)
 
-    def new_groups(name: str) -> Axis:
+    def new_groups(*names: str) -> Axis:
         """The same group made on every line of the mesh; every rank takes part in making each of them."""
-        mine = getattr(blank, name)
-        lines = {getattr(abstract_mesh(dp, ep, pp, tp, rank=r), name).ranks for r in range(world_size)}
+        mine = blank.over(*names)
+        lines = {abstract_mesh(dp, ep, pp, tp, rank=r).over(*names).ranks for r in range(world_size)}
         groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted(lines) if len(ranks) > 1}
         return _with_group(mine, groups.get(mine.ranks))
 
     return Mesh(
         **{name: joined(getattr(blank, name)) for name in (*AXIS_NAMES, "world")},
-        replica=new_groups("replica"),
+        joint={names: new_groups(*names) for names in JOINT_AXES},
         ends=new_groups("ends"),
         pp_back=new_groups("pp_back"),
         device=device,
@@ -150,7 +162,7 @@ def abstract_mesh(dp=1, ep=1, pp=1, tp=1, rank: int = 0, device: str | torch.dev
         ep=line("ep", ("ep",)),
         pp=column,
         tp=line("tp", ("tp",)),
-        replica=line("replica", ("dp", "ep")),
+        joint={names: line(name, names) for names, name in JOINT_AXES.items()},
         ends=ends,
         pp_back=line("pp_back", ("pp",)),
         world=line("world", AXIS_NAMES),

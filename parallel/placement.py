@@ -3,34 +3,37 @@
 A layer states a `Spec` for each of its parameters and makes the parameters from it with `declare`. `placement_table`
 collects the records of a model under their full names. Initialisation, gradient averaging, the gradient norm, the
 optimizer's groups, checkpoints and the parity harness read this table and nothing else, so that they cannot disagree.
+Which axes a parameter has to do with is for its layer to say: none is named here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import nn
 
-from heiretsu.parallel.mesh import Axis, Mesh
+from heiretsu.parallel.mesh import WITHIN_STAGE, Axis, Mesh
 
 
 @dataclass(frozen=True)
 class Spec:
     """What a layer knows of one of its parameters.
 
-    shape: global. shards: {dim: axis name}, torch.chunk's split of that dim over the axis. std: of the normal initial
-    values; a number in `fill` is used instead where std is None. expert: the parameter belongs to an expert, so its
-    gradient already holds the tokens of every ep rank. tied: held by the first and the last pipeline stage. decay:
-    weight decay applies. rows: rows of dim 0 that mean something; those above are padding, zero for ever.
+    shape: global. shards: {dim: axis name}, torch.chunk's split of that dim over the axis. partial_over: the axes over
+    which its gradient is a partial sum, as each rank has seen other tokens. shared_over: the axis of the pipeline
+    stages that hold a copy each, where several do; their gradients add up. std: of the normal initial values; a number
+    in `fill` is used instead where std is None. decay: weight decay applies. rows: rows of dim 0 that mean something;
+    those above are padding, zero for ever.
     """
 
     shape: tuple[int, ...]
     shards: tuple[tuple[int, str], ...] = ()
+    _: KW_ONLY
+    partial_over: tuple[str, ...]
+    shared_over: str | None = None
     std: float | None = None
     fill: float = 0.0
-    expert: bool = False
-    tied: bool = False
     decay: bool = False
     rows: int | None = None
 
@@ -48,32 +51,32 @@ class Placement:
         """The part of the global tensor that this rank holds."""
         axes = dict(self.spec.shards)
         return tuple(
-            slice(*shard_bounds(size, getattr(self.mesh, axes[dim]))) if dim in axes else slice(0, size)
+            slice(*shard_bounds(size, self.mesh.over(axes[dim]))) if dim in axes else slice(0, size)
             for dim, size in enumerate(self.spec.shape)
         )
 
     @property
     def reduce_axis(self) -> Axis:
-        """The axis over which the gradient is summed: other replicas' tokens that it has not seen yet."""
-        return self.mesh.dp if self.spec.expert else self.mesh.replica
+        """The axis over which the gradient is summed: other ranks' tokens that it has not seen yet."""
+        return self.mesh.over(*self.spec.partial_over)
 
     @property
     def divisor(self) -> int:
-        """What the summed gradient is divided by: the number of data replicas, for experts too."""
+        """What the summed gradient is divided by: the number of data replicas, whose mean objective is minimised."""
         return self.mesh.replica.size
 
     @property
-    def tied_axis(self) -> Axis | None:
-        """The axis over which the copies of a tied parameter sum their gradients, after `reduce_axis`."""
-        return self.mesh.ends if self.spec.tied and self.mesh.pp.size > 1 else None
+    def shared_axis(self) -> Axis | None:
+        """The axis over which the copies in several stages sum their gradients, after `reduce_axis`."""
+        return self.mesh.over(self.spec.shared_over) if self.spec.shared_over else None
 
     @property
     def is_owner(self) -> bool:
         """True on exactly one of the ranks that hold the same piece: there it counts towards the gradient norm."""
         sharded = {axis for _, axis in self.spec.shards}
-        replicated = [getattr(self.mesh, axis) for axis in ("dp", "ep", "tp") if axis not in sharded]
-        first_copy = self.tied_axis is None or self.tied_axis.index == 0
-        return first_copy and all(axis.index == 0 for axis in replicated)
+        copies = [self.mesh.over(axis) for axis in WITHIN_STAGE if axis not in sharded]
+        copies += [self.shared_axis] if self.shared_axis else []
+        return all(axis.index == 0 for axis in copies)
 
     @property
     def num_elements(self) -> int:
@@ -90,10 +93,9 @@ Table = dict[str, Placement]
 
 
 def shard_bounds(size: int, axis: Axis) -> tuple[int, int]:
-    """First and past-the-last index of this rank's chunk of a dim; chunks of ceil(size / axis.size), like
-    torch.chunk."""
-    chunk = -(-size // axis.size)
-    return min(chunk * axis.index, size), min(chunk * (axis.index + 1), size)
+    """First and past-the-last index of this rank's shard of a dim: ceil(size / axis.size) each, like torch.chunk."""
+    length = -(-size // axis.size)
+    return min(length * axis.index, size), min(length * (axis.index + 1), size)
 
 
 def declare(module: nn.Module, mesh: Mesh, dtype: torch.dtype, **specs: Spec) -> None:

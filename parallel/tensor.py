@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from heiretsu.parallel.collectives import all_reduce, copy_to, reduce_from
-from heiretsu.parallel.mesh import Axis, Mesh
+from heiretsu.parallel.mesh import REPLICAS, Axis, Mesh
 from heiretsu.parallel.placement import Spec, declare, shard_bounds
 from heiretsu.parallel.profiling import region
 
@@ -63,8 +63,9 @@ class ColumnParallelLinear(nn.Module):
         self.tp = mesh.tp
         lead = (parts,) if parts > 1 else ()
         shards = ((len(lead), "tp"),)
-        weight = Spec((*lead, out_features, in_features), shards, std=std, decay=True)
-        declare(self, mesh, dtype, weight=weight, bias=Spec((*lead, out_features), shards))
+        weight = Spec((*lead, out_features, in_features), shards, partial_over=REPLICAS, std=std, decay=True)
+        bias = Spec((*lead, out_features), shards, partial_over=REPLICAS)
+        declare(self, mesh, dtype, weight=weight, bias=bias)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Without the bias. x: (..., C), whole. Returns (..., parts * F / tp), this rank's features."""
@@ -87,8 +88,8 @@ class RowParallelLinear(nn.Module):
     def __init__(self, mesh: Mesh, in_features: int, out_features: int, std: float, dtype: torch.dtype):
         super().__init__()
         self.tp = mesh.tp
-        weight = Spec((out_features, in_features), ((1, "tp"),), std=std, decay=True)
-        declare(self, mesh, dtype, weight=weight, bias=Spec((out_features,)))
+        weight = Spec((out_features, in_features), ((1, "tp"),), partial_over=REPLICAS, std=std, decay=True)
+        declare(self, mesh, dtype, weight=weight, bias=Spec((out_features,), partial_over=REPLICAS))
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Without the bias. x: (..., in_features / tp), this rank's features. Returns (..., out_features), whole."""
@@ -99,7 +100,7 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token embedding, tied to the output head, with its rows split over tp.
+    """Token embedding, tied to the output head (the first and the last stage hold it), with its rows split over tp.
 
     num_rows: vocabulary size. padded_rows: rows that the weight really has, the same on every topology; those past
     num_rows are never looked up and get no logit. weight: (padded_rows, C), dim 0 sharded.
@@ -110,7 +111,8 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, mesh: Mesh, num_rows: int, padded_rows: int, features: int, std: float, dtype: torch.dtype):
         super().__init__()
         self.tp = mesh.tp
-        spec = Spec((padded_rows, features), ((0, "tp"),), std=std, tied=True, decay=True, rows=num_rows)
+        shape, shards = (padded_rows, features), ((0, "tp"),)
+        spec = Spec(shape, shards, partial_over=REPLICAS, shared_over="ends", std=std, decay=True, rows=num_rows)
         declare(self, mesh, dtype, weight=spec)
         self.start, stop = shard_bounds(padded_rows, mesh.tp)
         self.num_local_rows = max(0, min(stop, num_rows) - self.start)

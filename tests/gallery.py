@@ -29,7 +29,7 @@ from heiretsu.data.shards import read_shard, write_shard
 from heiretsu.model import moe, seeding
 from heiretsu.parallel import collectives, engine, expert, optimizer, pipeline, placement, tensor
 from heiretsu.parallel.data import GradientAverager
-from heiretsu.parallel.mesh import Mesh, abstract_mesh
+from heiretsu.parallel.mesh import REPLICAS, Mesh, abstract_mesh
 from heiretsu.parallel.schedules import SCHEDULES, lower, simulate
 from heiretsu.parallel.schedules.one_f_one_b import one_f_one_b
 from heiretsu.run import building as build
@@ -82,7 +82,7 @@ def found_inf_not_shared(mesh):
 
 
 def untied_head_under_pp(mesh):
-    return patch.object(placement.Placement, "tied_axis", None)
+    return patch.object(placement.Placement, "shared_axis", None)
 
 
 def expert_gradients_averaged_over_dp_only(mesh):
@@ -97,7 +97,7 @@ def ep_ranks_reading_one_batch(mesh):
     real = train_script.read_batches
 
     def read(config, mesh, data, step):
-        return real(config, replace(mesh, replica=mesh.dp), data, step)
+        return real(config, replace(mesh, joint={REPLICAS: mesh.dp}), data, step)
 
     return patch.object(train_script, "read_batches", read)
 
@@ -262,7 +262,7 @@ def text_check() -> dict[str, str]:
 
 def defaults_check() -> dict[str, str]:
     """Initial values are the same whatever torch's default dtype is."""
-    place = placement.Placement("weight", placement.Spec((8, 8), std=1.0), abstract_mesh())
+    place = placement.Placement("weight", placement.Spec((8, 8), partial_over=("dp",), std=1.0), abstract_mesh())
     drawn = {}
     for dtype in (torch.float32, torch.float64):
         torch.set_default_dtype(dtype)

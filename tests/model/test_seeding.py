@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from heiretsu.model.seeding import fold, initial_value
-from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.parallel.mesh import REPLICAS, abstract_mesh
 from heiretsu.parallel.placement import Placement, Spec
 
 
@@ -16,11 +16,11 @@ def test_a_seed_is_63_bits_of_everything_on_its_path():
 
 
 def test_initial_values_are_float32_on_the_cpu_whatever_is_the_default():
-    spec = Spec((6, 3), std=0.5, rows=4)
+    spec = Spec((6, 3), partial_over=REPLICAS, std=0.5, rows=4)
     place = Placement("x", spec, abstract_mesh())
     whole = initial_value(place, 7)
     assert whole.dtype == torch.float32 and (whole[4:] == 0).all() and (whole[:4] != 0).all()
-    constant = Placement("y", Spec((2,), fill=3.0), abstract_mesh())
+    constant = Placement("y", Spec((2,), partial_over=REPLICAS, fill=3.0), abstract_mesh())
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
@@ -34,5 +34,5 @@ def test_initial_values_are_float32_on_the_cpu_whatever_is_the_default():
 
 
 def test_initial_values_are_normal_with_the_deviation_asked_for():
-    values = initial_value(Placement("x", Spec((200, 500), std=0.02), abstract_mesh()), 1)
+    values = initial_value(Placement("x", Spec((200, 500), partial_over=REPLICAS, std=0.02), abstract_mesh()), 1)
     assert values.std().item() == pytest.approx(0.02, rel=0.01) and values.mean().item() == pytest.approx(0, abs=3e-4)

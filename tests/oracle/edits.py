@@ -244,8 +244,8 @@ EDITS = [
     Edit(
         "the router does not decay",
         "model/moe.py",
-        "weight=Spec(shape, std=0.02, decay=True)",
-        "weight=Spec(shape, std=0.02)",
+        "weight=Spec(shape, partial_over=REPLICAS, std=0.02, decay=True)",
+        "weight=Spec(shape, partial_over=REPLICAS, std=0.02)",
         f"{STORED}[mixture]",
     ),
     Edit("a step that overflowed is taken", "parallel/engine.py", "if not skipped:", "if True:", SKIPPED),
@@ -266,9 +266,9 @@ EDITS = [
     ),
     Edit(
         "the copies of the tied embedding go apart",
-        "parallel/placement.py",
-        "self.mesh.pp.size > 1 else None",
-        "self.mesh.pp.size > 4 else None",
+        "parallel/tensor.py",
+        'shared_over="ends"',
+        "shared_over=None",
         kind("dense gpipe, resumed"),
     ),
     Edit(

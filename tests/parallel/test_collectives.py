@@ -90,10 +90,11 @@ def there_and_back(mesh):
     """Tokens (rank, number) to the experts of both ranks, none of them to expert 1."""
     tokens = torch.tensor([[mesh.rank, i] for i in range(3)], dtype=torch.float64)
     experts = torch.tensor([[3, 0], [0, 2], [2, 3]])
-    plan = dispatch(tokens, experts, 4, mesh.ep)
-    served = plan.rows * 10.0 ** (plan.experts + 2 * mesh.rank)[:, None]
     gates = torch.tensor([[0.5, 0.25]] * 3, dtype=torch.float64)
-    return plan.rows, plan.experts, combine(served, gates, plan, mesh.ep)
+    there = dispatch(tokens, experts, gates, 4, mesh.ep)
+    assert (there.gates == 1).all() and there.gates.shape == there.experts.shape
+    served = there.rows * 10.0 ** (there.experts + 2 * mesh.rank)
+    return there.rows, there.experts.flatten(), combine(served, there, mesh.ep)
 
 
 def test_tokens_travel_to_their_experts_and_come_back_weighed(ranks):

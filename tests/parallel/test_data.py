@@ -8,7 +8,7 @@ import torch.distributed as dist
 import train as train_script
 from heiretsu.kernels import plain
 from heiretsu.parallel import data as data_parallel
-from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.parallel.mesh import REPLICAS, abstract_mesh
 from heiretsu.parallel.placement import Placement, Spec
 from heiretsu.run.building import build_engine
 from tests.training import DENSE, MIXTURE, dataset, run_config
@@ -82,7 +82,7 @@ def test_a_bucket_holds_one_kind_and_about_so_many_bytes():
     buckets = data_parallel._group(engine.params, engine.table, 8192)
     assert sorted(name for bucket in buckets for name in bucket) == sorted(engine.params)
     for bucket in buckets:
-        assert len({engine.table[name].spec.expert for name in bucket}) == 1
+        assert len({engine.table[name].spec.partial_over for name in bucket}) == 1
         all_but_last = sum(engine.params[name].numel() * 8 for name in bucket[:-1])
         assert all_but_last < 8192
     assert buckets[-1] == ["wte.weight"] or buckets[-2] == ["wte.weight"]
@@ -92,7 +92,8 @@ def test_a_bucket_is_full_once_it_holds_its_bytes():
     """A parameter of just so many bytes fills one by itself; with one byte more allowed, the next one joins it."""
     params = {name: torch.nn.Parameter(torch.zeros(8, dtype=torch.float32)) for name in "abcd"}
     mesh = abstract_mesh()
-    table = {name: Placement(name, Spec((8,), tied=name == "d"), mesh) for name in params}
+    shared = {"d": "ends"}
+    table = {n: Placement(n, Spec((8,), partial_over=REPLICAS, shared_over=shared.get(n)), mesh) for n in params}
     assert data_parallel._group(params, table, 32) == [["c"], ["b"], ["a"], ["d"]]
     assert data_parallel._group(params, table, 33) == [["c", "b"], ["a"], ["d"]]
     assert data_parallel._group(params, table, 10_000) == [["c", "b", "a"], ["d"]]
@@ -101,7 +102,8 @@ def test_a_bucket_is_full_once_it_holds_its_bytes():
 def test_gradients_are_zeroed_scaled_and_left_alone_outside_of_a_step():
     params = {name: torch.nn.Parameter(torch.ones(2)) for name in "ab"}
     mesh = abstract_mesh()
-    averager = data_parallel.GradientAverager(params, {n: Placement(n, Spec((2,)), mesh) for n in params}, 1)
+    spec = Spec((2,), partial_over=REPLICAS)
+    averager = data_parallel.GradientAverager(params, {n: Placement(n, spec, mesh) for n in params}, 1)
     (params["a"] * 3).sum().backward()  # before a first step
     averager.prepare(2)
     assert all((param.grad == 0).all() for param in params.values())

@@ -55,6 +55,7 @@ def test_a_rank_in_words_and_an_axis_of_one():
     assert (Axis("tp").size, Axis("tp").index, Axis("tp").ranks, Axis("tp").group) == (1, 0, (0,), None)
     mesh = abstract_mesh(dp=2, pp=4, rank=5)
     assert all(getattr(mesh, name).name == name for name in LINES)
+    assert mesh.over("dp", "ep") is mesh.replica and mesh.over("tp") is mesh.tp
     assert all(abstract_mesh(pp=4, rank=rank).ends.name == "ends" for rank in range(4))
     alone = make_mesh()
     assert alone.world == Axis("world") and alone.device == torch.device("cpu") and alone.device_mesh is None

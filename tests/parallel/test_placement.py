@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from heiretsu.kernels import plain
-from heiretsu.parallel.mesh import Axis, abstract_mesh
+from heiretsu.parallel.mesh import REPLICAS, Axis, abstract_mesh
 from heiretsu.parallel.placement import Placement, Spec, declare, placement_table, shard_bounds
 from heiretsu.run.building import build_engine
 from tests.training import MIXTURE, run_config
@@ -23,17 +23,17 @@ def test_a_dim_is_dealt_out_as_torch_chunk_and_so_a_checkpoint_deals_it_out():
 
 SIZES = {"dp": 2, "ep": 2, "pp": 2, "tp": 2}
 SPECS = {
-    "replicated": Spec((3,)),
-    "split over tp": Spec((5, 4), ((1, "tp"),)),
-    "an expert's": Spec((4, 6, 2), ((0, "ep"), (1, "tp")), expert=True),
-    "an expert's, whole over tp": Spec((4, 2), ((0, "ep"),), expert=True),
-    "tied": Spec((8, 2), ((0, "tp"),), tied=True),
+    "replicated": Spec((3,), partial_over=REPLICAS),
+    "split over tp": Spec((5, 4), ((1, "tp"),), partial_over=REPLICAS),
+    "an expert's": Spec((4, 6, 2), ((0, "ep"), (1, "tp")), partial_over=("dp",)),
+    "an expert's, whole over tp": Spec((4, 2), ((0, "ep"),), partial_over=("dp",)),
+    "shared": Spec((8, 2), ((0, "tp"),), partial_over=REPLICAS, shared_over="ends"),
 }
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_each_element_of_a_stage_has_one_owner(name):
-    """Of a tied parameter, in both stages that hold it together."""
+    """Of a shared parameter, in both stages that hold it together."""
     spec = SPECS[name]
     owners = {stage: torch.zeros(spec.shape, dtype=torch.int) for stage in (0, 1)}
     for rank in range(16):
@@ -42,39 +42,47 @@ def test_each_element_of_a_stage_has_one_owner(name):
         assert place.local(owners[0]).shape == owners[0][place.local_slices].shape
         if place.is_owner:
             owners[mesh.pp.index][place.local_slices] += 1
-    together = [owners[0] + owners[1]] if spec.tied else owners.values()
+    together = [owners[0] + owners[1]] if spec.shared_over else owners.values()
     assert all((count == 1).all() for count in together)
-    if spec.tied:
+    if spec.shared_over:
         assert (owners[0] == 1).all()
 
 
 def test_gradients_are_summed_where_other_tokens_are_and_divided_by_all_replicas():
     mesh = abstract_mesh(**SIZES, rank=5)
-    dense, expert, tied = (Placement("x", SPECS[name], mesh) for name in ("replicated", "an expert's", "tied"))
+    dense, expert, shared = (Placement("x", SPECS[name], mesh) for name in ("replicated", "an expert's", "shared"))
     assert (dense.reduce_axis, expert.reduce_axis) == (mesh.replica, mesh.dp)
     assert dense.divisor == expert.divisor == 4
-    assert (dense.tied_axis, tied.tied_axis) == (None, mesh.ends)
-    assert Placement("x", SPECS["tied"], abstract_mesh(dp=2, tp=2)).tied_axis is None
+    assert (dense.shared_axis, shared.shared_axis) == (None, mesh.ends)
+    assert Placement("x", SPECS["shared"], abstract_mesh(dp=2, tp=2)).shared_axis.size == 1
 
 
 def test_padding_is_no_element():
     mesh = abstract_mesh()
-    assert Placement("x", Spec((128, 3, 2), rows=67), mesh).num_elements == 67 * 6
-    assert Placement("x", Spec((128, 3)), mesh).num_elements == 384
-    assert Placement("x", Spec((7,)), mesh).num_elements == 7
+    assert Placement("x", Spec((128, 3, 2), partial_over=REPLICAS, rows=67), mesh).num_elements == 67 * 6
+    assert Placement("x", Spec((128, 3), partial_over=REPLICAS), mesh).num_elements == 384
+    assert Placement("x", Spec((7,), partial_over=REPLICAS), mesh).num_elements == 7
 
 
 def test_a_spec_says_no_more_than_it_was_told():
-    spec = Spec((1,))
-    assert (spec.shards, spec.std, spec.fill, spec.expert, spec.tied, spec.decay, spec.rows) == (
-        (), None, 0.0, False, False, False, None,
-    )  # fmt: skip
+    spec = Spec((1,), partial_over=("dp",))
+    assert (spec.shards, spec.shared_over, spec.std, spec.fill, spec.decay, spec.rows) == (
+        (),
+        None,
+        None,
+        0.0,
+        False,
+        None,
+    )
+    with pytest.raises(TypeError, match="partial_over"):
+        Spec((1,))
 
 
 def test_declared_parameters_have_the_shape_of_the_shard_and_their_constant():
     module = nn.Module()
     mesh = abstract_mesh(tp=2, rank=1)
-    declare(module, mesh, torch.float64, one=Spec((3, 5), ((1, "tp"),), fill=1.0), zero=Spec((2,)))
+    one, zero = Spec((3, 5), ((1, "tp"),), partial_over=REPLICAS, fill=1.0), Spec((2,), partial_over=REPLICAS)
+    declare(module, mesh, torch.float64, one=one, zero=zero)
     assert torch.equal(module.one, torch.ones(3, 2, dtype=torch.float64)) and module.one.requires_grad
     assert torch.equal(module.zero, torch.zeros(2, dtype=torch.float64))
     outer = nn.Module()
