@@ -30,7 +30,7 @@ from typing import Any
 try:
     import modal
 
-    from heiretsu.run.options import RunConfig, parse_args
+    from heiretsu.run.options import RunConfig, command_line, parse_args
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing}: run `pip install -e .[modal]` in this folder (or `make train`, for a run on this machine)")
 
@@ -104,24 +104,10 @@ def num_gpus(config: Mapping[str, object]) -> int:
     return math.prod(counts)
 
 
-def flags(config: Mapping[str, object]) -> list[str]:
-    """The configuration as train.py's command line. False and None leave a flag out."""
-    line: list[str] = []
-    for name, value in config.items():
-        if value is None or value is False:
-            continue
-        line.append(f"--{name}")
-        if isinstance(value, list | tuple):
-            line += map(str, value)
-        elif value is not True:
-            line.append(str(value))
-    return line
-
-
 def remote_flags(config: Mapping[str, object]) -> list[str]:
-    """`flags`, and the folders that only the container has."""
+    """The configuration as train.py's command line, and the folders that only the container has."""
     folder = f"{CHECKPOINTS}/{config.get('run_name') or 'run'}"
-    return [*flags(config), "--data_dir", DATA, "--checkpoint_dir", folder, "--resume", "auto"]
+    return [*command_line(config), "--data_dir", DATA, "--checkpoint_dir", folder, "--resume", "auto"]
 
 
 def asked_nodes(command_line: list[str]) -> int:
@@ -147,7 +133,7 @@ def checked(config: Mapping[str, object], gpu: str, nodes: int = 1) -> RunConfig
             f"TRAINING_CONFIG: ep x pp x tp = {replica} GPUs hold a model, but a container of --nodes {nodes} has "
             f"{gpus // nodes}, and only dp may run between containers: choose fewer nodes, or raise dp"
         )
-    run = parse_args([*flags(config), "--checkpoint_dir", CHECKPOINTS], world_size=gpus)
+    run = parse_args([*command_line(config), "--checkpoint_dir", CHECKPOINTS], world_size=gpus)
     memory_gb = GPUS[gpu][1]
     if state_gb(run) > memory_gb:
         needs = f"parameters, gradients and AdamW's moments take {state_gb(run):.0f} GB a GPU"

@@ -17,9 +17,8 @@ try:
 
     from heiretsu.data.terminal import escape_what_cannot_be_printed
     from heiretsu.data.tokenizer import load_tokenizer
-    from heiretsu.kernels import fused, plain
     from heiretsu.parallel.checkpoint import read_run
-    from heiretsu.run.device import choose_device
+    from heiretsu.run.device import choose_device, choose_ops
     from heiretsu.run.sampling import generate
     from heiretsu.run.saved import load_model, newest_in, say_on_stderr
 except ModuleNotFoundError as error:
@@ -32,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
         path = newest_in(args.checkpoint, say_on_stderr)
         float64 = read_run(path)["config"]["dtype"] == "float64"
         device = torch.device(choose_device(args.device, fused=args.fused, float64=float64))
-        ops, kernels = (fused, fused.describe(device)) if args.fused else (plain, "plain PyTorch ops")
+        ops, kernels = choose_ops(args.fused, device)
         model, run = load_model(path, ops, device, verified=True)
         tokenizer = load_tokenizer(run["config"]["tokenizer"], args.vocab_dir)
     except ValueError as error:

@@ -36,9 +36,10 @@ from heiretsu.data.terminal import escape_what_cannot_be_printed
 from heiretsu.kernels import fused, plain
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
-from heiretsu.parallel.pipeline import Microbatch
+from heiretsu.run.batches import microbatches
 from heiretsu.run.building import build_engine, count_parameters
 from heiretsu.run.cpu_memory import keep_freed_memory
+from heiretsu.run.device import find_device
 from heiretsu.run.options import RunConfig, parse_args
 
 CPU_VARIANTS = "plain,plain+bf16,plain+bf16+compile,fused+bf16"
@@ -86,13 +87,13 @@ class Run:
 
     def step(self) -> float:
         """One optimizer step; returns its loss, which every rank has waited for."""
-        size, first = self.config.batch_size, self.mesh.replica.index * self.config.grad_accum_steps
-        batches = []
-        for start in range(first * size, (first + self.config.grad_accum_steps) * size, size):
-            tokens = self.tokens[start : start + size].to(self.mesh.device)
-            batches.append(Microbatch(tokens[:, :-1], tokens[:, 1:], start, self.step_idx))
+        batches = microbatches(self.config, self.mesh, self._read, self.step_idx)
         self.step_idx += 1
         return self.engine.step(batches).loss
+
+    def _read(self, samples: range) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.tokens[samples.start : samples.stop]
+        return tokens[:, :-1], tokens[:, 1:]
 
     def timed_step(self, clock: Callable[[], float]) -> float:
         """Seconds by `clock`, from when all ranks are ready until this one is done."""
@@ -204,9 +205,9 @@ def main() -> int:
         parser.error("--clock cpu also counts threads that wait for each other: use it with --threads 1")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = find_device(base.device)
-    names = (args.variants or (GPU_VARIANTS if device.type == "cuda" else CPU_VARIANTS)).split(",")
     try:
+        device = find_device(replace(base, fused="fused" in (args.variants or CPU_VARIANTS)))
+        names = (args.variants or (GPU_VARIANTS if device.type == "cuda" else CPU_VARIANTS)).split(",")
         variants = [variant(name, base) for name in names]
         backend = base.backend_on(device.type)
     except ValueError as error:
@@ -245,17 +246,6 @@ def compare(base: RunConfig, variants: list[Variant], device: torch.device, args
         if args.json:
             Path(args.json).write_text(json.dumps(as_json(variants, peaks, facts), indent=1) + "\n")
     return 1 if any(one.problem for one in variants) else 0
-
-
-def find_device(flag: str) -> torch.device:
-    """The device of train.py's --device; with torchrun, this rank's own GPU."""
-    if flag == "auto":
-        flag = "cuda" if torch.cuda.is_available() else "cpu"
-    if flag != "cuda":
-        return torch.device(flag)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
 
 
 def as_json(variants: list[Variant], peaks, facts) -> dict:

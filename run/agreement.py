@@ -23,13 +23,9 @@ _OWN_TO_A_RANK = {"data_dir", "vocab_dir", "log_file", "profile", "checkpoint_di
 _SOURCES = (heiretsu.data, heiretsu.kernels, heiretsu.model, heiretsu.parallel, heiretsu.run)
 
 
-def facts(
-    config: RunConfig, flags: dict[str, Any], runs_on: str, data: Sequence[TokenDataset], resumes_from: Path | None
-) -> dict[str, Any]:
-    """What this rank brings to the roll call, as {what it is called in a message: value}.
-
-    flags: the configuration as JSON has it, the model's sizes under "model". runs_on: backend and device.
-    """
+def facts(config: RunConfig, runs_on: str, data: Sequence[TokenDataset], resumes_from: Path | None) -> dict[str, Any]:
+    """What this rank brings to the roll call, as {what it is called in a message: value}. runs_on: backend, device."""
+    flags = config.as_json()
     flat = {
         name: value for name, value in {**flags, **flags["model"]}.items() if name not in _OWN_TO_A_RANK | {"model"}
     }

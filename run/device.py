@@ -1,8 +1,39 @@
-"""Which kind of device a run is on: what --device names, or what `auto` takes on this machine."""
+"""What a run computes with: the device that --device names, or that `auto` takes on this machine, and its kernels."""
 
 from __future__ import annotations
 
+import os
+from types import ModuleType
+
 import torch
+
+from heiretsu.kernels import fused, plain
+from heiretsu.run.options import RunConfig
+
+
+def find_device(config: RunConfig) -> torch.device:
+    """The device of --device, this rank's own on a machine with several. ValueError if it cannot do what is asked."""
+    float64, ranks = config.dtype == "float64", config.num_ranks
+    kind = choose_device(config.device, fused=config.fused, float64=float64, amp=config.amp, ranks=ranks)
+    if config.amp == "fp16" and kind == "cpu":
+        raise ValueError("--amp fp16 needs a GPU, and this run is on the cpu: use --amp bf16, which works there")
+    if config.amp == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("--amp bf16 needs a GPU of compute capability 8.0 or later: use --amp fp16")
+    if config.autotune and kind != "cuda":
+        raise ValueError(f"--autotune measures Triton kernels and needs a GPU, and this run is on the {kind}")
+    if kind != "cuda":
+        return torch.device(kind)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise ValueError(f"local rank {local_rank} has no GPU: this machine has {gpus}, and each rank needs its own")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def choose_ops(fuse: bool, device: torch.device) -> tuple[ModuleType, str]:
+    """The ops that a model is handed, heiretsu.kernels.fused or .plain, and what they are in words."""
+    return (fused, fused.describe(device)) if fuse else (plain, "plain PyTorch ops")
 
 
 def choose_device(name: str, *, fused: bool = False, float64: bool = False, amp: str = "none", ranks: int = 1) -> str:

@@ -81,7 +81,7 @@ class RunLog:
                     name=self.config.run_name,
                     id=run_id,
                     resume="allow" if run_id and mode == "online" else None,
-                    config=json.loads(self.config.to_json()),
+                    config=self.config.as_json(),
                 )
             except Exception as error:  # a network, a key, a full disk: no reason not to train
                 self._lose_wandb(error, "; it is recorded on disk" if mode == "online" else "")

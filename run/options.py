@@ -13,9 +13,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from heiretsu.model.config import PRESETS, ModelConfig, split_layers
 from heiretsu.parallel.schedules import SCHEDULES
@@ -158,6 +158,10 @@ class RunConfig:
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in a checkpoint's run.json: what is a tuple here is a list there."""
+        return json.loads(self.to_json())
+
 
 def parse_args(argv: Sequence[str] | None = None, world_size: int | None = None) -> RunConfig:
     """The run that a command line asks for. Exits with status 2 and one line that says what to change.
@@ -181,6 +185,20 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int | None = None)
     except ValueError as error:
         refuse(error)
     return config
+
+
+def command_line(values: Mapping[str, object]) -> list[str]:
+    """The flags that ask for these values, by name. False and None leave a flag out."""
+    words: list[str] = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, list | tuple):
+            words += map(str, value)
+        elif value is not True:
+            words.append(str(value))
+    return words
 
 
 def refuse(why: object) -> NoReturn:

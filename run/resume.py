@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heiretsu.parallel import checkpoint
 from heiretsu.parallel.checkpoint_folder import complete, newest_whole, set_aside
 from heiretsu.parallel.checkpoint_seal import read_run, step_of
+from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.run.folders import agreed
 from heiretsu.run.options import RunConfig
@@ -57,15 +59,13 @@ def find_origin(config: RunConfig, mesh: Mesh, say: Callable[[str], None]) -> Or
     return Origin(path, run_id if isinstance(run_id, str) else secrets.token_hex(4))
 
 
-def check_changes(
-    config: RunConfig, as_json: dict[str, Any], origin: Origin, data: str, say: Callable[[str], None]
-) -> None:
+def check_changes(config: RunConfig, origin: Origin, data: str, say: Callable[[str], None]) -> None:
     """Say what decides the numbers and has changed since the checkpoint. ValueError unless --allow_changes."""
     saved = None if origin.path is None else read_run(origin.path)
     # An imported checkpoint of step 0 has no numbers yet, and a run without steps left will have no others.
     if saved is None or saved["step"] == 0 or saved["step"] >= config.max_iters:
         return
-    changed = changes(saved, as_json, data)
+    changed = changes(saved, config.as_json(), data)
     if changed and not config.allow_changes:
         raise ValueError(
             f"{origin.path}: going on would not give the run that was saved: {', '.join(changed)}: give what it had, "
@@ -115,6 +115,24 @@ def _derived(config: dict[str, Any]) -> dict[str, Any]:
 
 def _show(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def restore(config: RunConfig, engine: Engine, origin: Origin, say: Callable[[str], None]) -> int:
+    """Load the checkpoint into the engine, or the parameters of --init_from. Returns the step to go on with.
+
+    All ranks call it. Raises ValueError where what is stored is of another model, or damaged.
+    """
+    first_step = 0
+    if origin.path is not None:
+        first_step = checkpoint.load(origin.path, engine, config.as_json(), verified=True)
+        left = "" if first_step < config.max_iters else ": nothing is left to do"
+        say(f"resumed {origin.path}: {first_step} of {config.max_iters} steps are done{left}")
+    elif config.init_from:
+        path = newest_in(config.init_from, say, engine.mesh)
+        checkpoint.load_parameters(path, engine, config.as_json(), verified=True)
+        say(f"parameters of {path}")
+    make_room(config, engine.mesh, origin, first_step, say)
+    return first_step
 
 
 def make_room(config: RunConfig, mesh: Mesh, origin: Origin, first_step: int, say: Callable[[str], None]) -> None:

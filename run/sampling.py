@@ -1,4 +1,4 @@
-"""Sampling text from a whole model on one device."""
+"""Sampling text from a whole model on one device: for sample.py, and at the end of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from heiretsu.data.tokenizer import load_tokenizer
 from heiretsu.model.gpt import GPT
+from heiretsu.parallel.engine import Engine
+from heiretsu.parallel.mesh import Mesh
+from heiretsu.run.options import RunConfig
 
 
 @torch.no_grad()
@@ -49,3 +53,26 @@ def generate(
             choice = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
         tokens.append(choice)
         yield choice
+
+
+def find_tokenizer(config: RunConfig, mesh: Mesh):
+    """What turns the sample at the end of a run into text; None where there is to be none, or where it cannot be
+    had."""
+    if not config.sample_tokens or mesh.world.size > 1:
+        return None
+    try:
+        return load_tokenizer(config.tokenizer, config.vocab_dir)
+    except ValueError as error:
+        print(f"there will be no sample at the end: {error}", flush=True)
+        return None
+
+
+def sample(config: RunConfig, engine: Engine, tokenizer) -> str:
+    """A piece of text by the trained model, after an end-of-text."""
+    model = engine.stages[0]
+    assert isinstance(model, GPT)
+    try:
+        tokens = list(generate(model, [tokenizer.eot_token], config.sample_tokens, temperature=0.9, seed=config.seed))
+    except ValueError as error:
+        return f"there is no sample: {error}"
+    return "--- sample ---\n" + tokenizer.decode(tokens) + "\n---"

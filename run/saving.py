@@ -24,11 +24,11 @@ STILL_WRITING = 1 << 16  # beside the number of a signal, in what a rank tells t
 class Saver:
     """The saves of a run, into its --checkpoint_dir; without one, nothing is saved and no call does anything.
 
-    as_json: the config, for run.json. facts: whatever else that is to hold. say: prints a line, on rank 0.
+    facts: what run.json is to hold besides the config. say: prints a line, on rank 0.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine, as_json: dict, facts: dict, say: Callable[[str], None]):
-        self.config, self.engine, self.as_json, self.facts, self.say = config, engine, as_json, facts, say
+    def __init__(self, config: RunConfig, engine: Engine, facts: dict, say: Callable[[str], None]):
+        self.config, self.engine, self.facts, self.say = config, engine, facts, say
         self.directory, self.mesh = config.checkpoint_dir, engine.mesh
         self.copies = checkpoint.Copies()
         self.group = None
@@ -44,9 +44,9 @@ class Saver:
         if self.directory is None:
             return
         self.finish()
-        keep, by_first = self.config.keep, self.config.local_checkpoints
+        config, keep, by_first = self.config.as_json(), self.config.keep, self.config.local_checkpoints
         self.saving = checkpoint.start(
-            self.directory, step, self.engine, self.as_json, keep, self.group, self.copies, by_first, **self.facts
+            self.directory, step, self.engine, config, keep, self.group, self.copies, by_first, **self.facts
         )
 
     def note(self) -> int:

@@ -1,7 +1,6 @@
 """The kernel calls of one run, for measuring them before it: each op at the shapes, strides and dtypes of the model.
 
-Sizes are those of rank 0: its heads, features, words and experts. Handed `ops`, as the model is; knows nothing of
-kernels.
+Sizes are those of rank 0: its heads, features, words and experts. Handed `ops`, as the model is.
 """
 
 from __future__ import annotations
@@ -9,11 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
+from heiretsu.kernels import fused
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.placement import shard_bounds
 from heiretsu.run.building import COMPUTE_DTYPES
 from heiretsu.run.options import RunConfig
+
+if fused.HAS_TRITON:
+    from heiretsu.kernels.gpu import autotune, launch
 
 Run = Callable[[], dict[str, torch.Tensor]]
 
@@ -126,3 +130,15 @@ def _forward_and_backward(function: Callable, inputs: dict[str, torch.Tensor]) -
         return named | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
     return run
+
+
+def tune_kernels(config: RunConfig, mesh: Mesh) -> None:
+    """--autotune: rank 0 measures while the others wait, and every rank launches what it chose."""
+    if mesh.rank == 0 and mesh.world.size > 1:
+        print(f"autotune: rank 0 measures for all {mesh.world.size} ranks, which wait for it", flush=True)
+    chosen = [autotune.tune(kernel_calls(config, mesh, fused), mesh.device) if mesh.rank == 0 else None]
+    if mesh.world.size > 1:
+        dist.broadcast_object_list(chosen, src=0)
+    launch.CHOSEN.update(chosen[0])
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()  # the training's blocks have other sizes

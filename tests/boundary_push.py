@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # torchrun puts this folder 
 
 import torch
 
-import train as train_script
 from heiretsu.kernels import plain
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from tests.torchrun import config_of, gather, on_mesh, parser
 from tests.training import OPS, dataset
@@ -31,9 +31,7 @@ def push(mesh, config, ops) -> tuple[list[float], dict]:
     for stage in engine.stages:
         for block in stage.blocks.values():
             block.register_forward_pre_hook(lambda block, args: keep(crossed, block.layer, *args))
-    return [
-        engine.step(train_script.read_batches(config, mesh, data, step)).loss for step in range(flags.steps)
-    ], crossed
+    return [engine.step(read_batches(config, mesh, data, step)).loss for step in range(flags.steps)], crossed
 
 
 def keep(crossed, layer, hidden, step, first_sample) -> None:

@@ -22,7 +22,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,7 +30,6 @@ import numpy as np
 import safetensors.torch
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-import train as train_script
 from heiretsu.data import prepare
 from heiretsu.data.shards import write_shard
 from heiretsu.kernels import plain
@@ -346,7 +345,10 @@ class Reader:
         done = 0 if found is None else checkpoint.read_run(found)["step"]
         if config.save_interval:
             self.models[str(config.checkpoint_dir).rstrip("/")] = config.model
-        train_script.main(tiny(config, done + 1))
+        flags = asdict(tiny(config, done + 1))
+        sizes = flags.pop("model")
+        del sizes["vocab_size"]  # the tokenizer's
+        run_script(str(ROOT / "train.py"), options.command_line(flags | sizes))
 
     def prepare(self, flags: list[str]) -> None:
         """With stand-ins for the reader's own texts, and with GPT-2's vocabulary from a package."""
@@ -376,6 +378,7 @@ def tiny(config: RunConfig, max_iters: int) -> RunConfig:
         "device": "cpu",
         "warmup_iters": 0,
         "sample_tokens": 0,
+        "schedule": "1f1b",
     }
     save = {"save_interval": min(1, config.save_interval), "eval_interval": min(1, config.eval_interval)}
     return replace(config, model=model, max_iters=max_iters, vocab_dir=gpt2_vocabulary(), **one, **off, **save)

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import train as train_script
 from heiretsu.data import batches as batches_module
 from heiretsu.data import prepare as prepare_module
 from heiretsu.data.shards import read_shard, write_shard
@@ -32,6 +31,7 @@ from heiretsu.parallel.data import GradientAverager
 from heiretsu.parallel.mesh import REPLICAS, Mesh, abstract_mesh
 from heiretsu.parallel.schedules import SCHEDULES, lower, simulate
 from heiretsu.parallel.schedules.one_f_one_b import one_f_one_b
+from heiretsu.run import batches
 from heiretsu.run import building as build
 from tests.ranks import RankError, run_ranks
 from tests.training import DENSE, MIXTURE, Trace, failures, run_config, run_steps, single_process
@@ -94,12 +94,12 @@ def dense_gradient_not_averaged_over_ep(mesh):
 
 
 def ep_ranks_reading_one_batch(mesh):
-    real = train_script.read_batches
+    real = batches.read_batches
 
     def read(config, mesh, data, step):
         return real(config, replace(mesh, joint={REPLICAS: mesh.dp}), data, step)
 
-    return patch.object(train_script, "read_batches", read)
+    return patch.object(batches, "read_batches", read)
 
 
 def last_microbatch_reported_as_the_mean(mesh):

@@ -148,11 +148,6 @@ def test_command_line_is_read_by_the_parser_of_train(monkeypatch, tmp_path):
     assert run.checkpoint_dir == "/checkpoints/gpt2-medium-8x2-dp2-tp2" and run.save_interval > 0
 
 
-def test_switches_lists_and_absences_become_flags():
-    config = {"fused": True, "compile": False, "min_lr": None, "betas": (0.9, 0.99), "max_iters": 5}
-    assert script.flags(config) == ["--fused", "--betas", "0.9", "0.99", "--max_iters", "5"]
-
-
 def test_plan_names_machine_command_tokens_and_cost():
     plan = script.plan()
     assert "machine: 4 x A100-40GB" in plan

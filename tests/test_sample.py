@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import sample
-import train as train_script
 from heiretsu.data.tokenizer import load_tokenizer
 from heiretsu.kernels import plain
 from heiretsu.parallel import checkpoint
+from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from heiretsu.run.options import parse_args
 from heiretsu.run.sampling import generate
@@ -30,7 +30,7 @@ def save_two(mesh, folder: Path, flags: list[str]) -> dict[str, torch.Tensor]:
     engine = build_engine(config, mesh, plain)
     data = dataset(config.model.vocab_size, config.model.block_size)
     for step in (0, 1):
-        engine.step(train_script.read_batches(config, mesh, data, step))
+        engine.step(read_batches(config, mesh, data, step))
         checkpoint.save(folder, step + 1, engine, json.loads(config.to_json()), keep=2)
     return {name: param.detach() for name, param in engine.params.items()}
 

@@ -16,21 +16,20 @@ import numpy as np
 import pytest
 import torch
 
-import train as train_script
 from heiretsu.data.batches import TokenDataset
 from heiretsu.data.shards import write_shard
 from heiretsu.kernels import fused, plain
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run import log as run_log
+from heiretsu.run import training, tuning
+from heiretsu.run.batches import evaluate
 from heiretsu.run.building import build_engine
 from heiretsu.run.options import parse_args
-from tests.training import dataset
+from tests.training import TRAIN, dataset, train_here
 
 if fused.HAS_TRITON:
     from heiretsu.kernels.gpu import launch
 
-ROOT = Path(__file__).parents[1]
-TRAIN = [str(ROOT / "train.py")]
 TINY = "--n_layer 2 --n_head 2 --n_embed 16 --block_size 16 --eval_interval 3 --eval_iters 2 --sample_tokens 8".split()
 EXACT = [*TINY, "--dtype", "float64", "--max_iters", "10", "--learning_rate", "0.01", "--grad_clip", "0.5"]
 MOE = ["--num_experts", "4", "--moe_freq", "1"]
@@ -39,14 +38,14 @@ MOE = ["--num_experts", "4", "--moe_freq", "1"]
 def start(arguments: list[str], ranks: int = 1, agents: int = 1, **environment) -> list[subprocess.Popen]:
     """`python train.py ...`, or torchrun with this many ranks on this many agents ("nodes") of one machine."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", **environment}
-    commands = [[sys.executable, *TRAIN, *arguments]]
+    commands = [[sys.executable, TRAIN, *arguments]]
     if ranks > 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks // agents}"]
         meet = [f"--nnodes={agents}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-        commands = [[*torchrun, *meet, f"--node_rank={i}", *TRAIN, *arguments] for i in range(agents)]
+        commands = [[*torchrun, *meet, f"--node_rank={i}", TRAIN, *arguments] for i in range(agents)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen(command, env=env, **pipes) for command in commands]
 
@@ -68,7 +67,7 @@ def log_of(tmp_path: Path, name: str, arguments: list[str], **how) -> list[dict]
 def log_here(tmp_path: Path, name: str, arguments: list[str]) -> list[dict]:
     """The same of a run on one process, without a process of its own: for what others are compared with."""
     path = tmp_path / f"{name}.jsonl"
-    train_script.main(parse_args([*arguments, "--sample_tokens", "0", "--log_file", str(path)], world_size=1))
+    train_here(*arguments, "--sample_tokens", "0", "--log_file", str(path))
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -199,7 +198,7 @@ def test_autotune_is_refused_where_there_turns_out_to_be_no_gpu(capsys, monkeypa
     for devices in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(devices, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
-        train_script.main(parse_args(["--autotune", "--fused"], world_size=1))
+        train_here("--autotune", "--fused")
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
         "train.py: error: --autotune measures Triton kernels and needs a GPU, and this run is on the cpu\n"
@@ -214,8 +213,8 @@ def choices_of_a_rank(mesh):
         asked.extend(name.split()[0] for name in calls)
         return {launch.Entry("hopper", "dropout", None): {"num_warps": mesh.rank + 1}}
 
-    with unittest.mock.patch.object(train_script.autotune, "tune", tune):
-        train_script.tune_kernels(parse_args([*TINY, "--dp", "2", "--fused"], world_size=2), mesh)
+    with unittest.mock.patch.object(tuning.autotune, "tune", tune):
+        tuning.tune_kernels(parse_args([*TINY, "--dp", "2", "--fused"], world_size=2), mesh)
     return launch.CHOSEN, asked
 
 
@@ -237,7 +236,7 @@ def write_data(folder: Path, train=1000, val=1000, tokens=None) -> list[str]:
 
 
 def test_data_dir_with_fineweb_names_is_read(tmp_path, capsys):
-    train_script.main(parse_args(write_data(tmp_path), world_size=1))
+    train_here(*write_data(tmp_path))
     assert "1,000 training tokens" in capsys.readouterr().out
 
 
@@ -267,7 +266,7 @@ def test_bad_data_is_refused_by_name(tmp_path, capsys, monkeypatch, spoil, messa
     arguments = write_data(tmp_path)
     spoil(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        train_script.main(parse_args(arguments, world_size=1))
+        train_here(*arguments)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
 
@@ -378,7 +377,7 @@ def test_tokens_per_second_are_those_of_the_whole_batch(tmp_path, monkeypatch):
     config = replace(config, log_file=str(tmp_path / "log"), sample_tokens=0)
     mesh, data = abstract_mesh(), dataset(config.model.vocab_size, config.model.block_size)
     engine, clock = build_engine(config, mesh, plain), [0.0]
-    monkeypatch.setattr(train_script.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(run_log, "peak_flops", lambda *_: None)
     real = engine.step
 
@@ -387,7 +386,7 @@ def test_tokens_per_second_are_those_of_the_whole_batch(tmp_path, monkeypatch):
         return real(*args)
 
     engine.step = step
-    train_script.train(config, mesh, engine, data, data)
+    training.train(config, mesh, engine, data, data)
     assert [json.loads(line)["tokens_per_s"] for line in (tmp_path / "log").read_text().splitlines()] == [192.0] * 2
     assert replace(config, dp=2, ep=2, tp=2, pp=2).tokens_per_step == 4 * 96
 
@@ -399,6 +398,6 @@ def test_a_model_that_knows_nothing_is_evaluated_to_log_257_nats():
         param.data.zero_()
     tokens = np.random.default_rng(0).integers(257, size=999)
     data = TokenDataset([tokens], config.model.block_size, seed=0, vocab_size=257, bytes_per_token=1.25)
-    found = train_script.evaluate(config, engine.mesh, engine, data)
+    found = evaluate(config, engine.mesh, engine, data)
     bits = 8.005624549193879  # log2(257) a token
     assert found == pytest.approx({"eval_loss": 5.54907608489522, "eval_bits_per_byte": bits / 1.25}, rel=1e-6)

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-import train as train_script
 from heiretsu.data.batches import TokenDataset
 from heiretsu.kernels import plain
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run import sampling
+from heiretsu.run.batches import evaluate, read_batches
 from heiretsu.run.building import build_engine, count_parameters
+from heiretsu.run.device import find_device
+from heiretsu.run.header import describe
 from heiretsu.run.options import parse_args
+from heiretsu.run.sampling import find_tokenizer, sample
 from tests.training import MIXTURE, dataset, run_config
 
 
@@ -33,14 +37,14 @@ def gpus(monkeypatch):
 def test_each_rank_of_a_machine_has_its_own_gpu(gpus, monkeypatch, local_rank, index):
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert train_script.find_device(parse_args(["--amp", "bf16"])) == torch.device("cuda", index)
+    assert find_device(parse_args(["--amp", "bf16"])) == torch.device("cuda", index)
     assert gpus == [index]
 
 
 def test_a_rank_without_a_gpu_is_refused(gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="local rank 2 has no GPU: this machine has 2, and each rank needs its own"):
-        train_script.find_device(parse_args([]))
+        find_device(parse_args([]))
     assert gpus == []
 
 
@@ -48,21 +52,21 @@ def test_what_a_device_cannot_do_is_refused(gpus, monkeypatch):
     config = parse_args(["--amp", "bf16"])
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     with pytest.raises(ValueError, match="--amp bf16 needs a GPU of compute capability 8.0 or later: use --amp fp16"):
-        train_script.find_device(config)
-    assert train_script.find_device(replace(config, amp="fp16")).type == "cuda"
-    assert train_script.find_device(replace(config, amp="none", autotune=True)).type == "cuda"
+        find_device(config)
+    assert find_device(replace(config, amp="fp16")).type == "cuda"
+    assert find_device(replace(config, amp="none", autotune=True)).type == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert train_script.find_device(config) == torch.device("cpu")
+    assert find_device(config) == torch.device("cpu")
     with pytest.raises(ValueError, match="--amp fp16 needs a GPU, and this run is on the cpu: use --amp bf16"):
-        train_script.find_device(replace(config, amp="fp16"))
+        find_device(replace(config, amp="fp16"))
     with pytest.raises(ValueError, match="--autotune measures Triton kernels and needs a GPU, and this run is on the"):
-        train_script.find_device(replace(config, amp="none", autotune=True))
+        find_device(replace(config, amp="none", autotune=True))
 
 
 def header(*flags, **mesh):
     config = parse_args(list(flags), world_size=math.prod(mesh.values()))
-    said = train_script.describe(config, abstract_mesh(**mesh), types.SimpleNamespace(num_tokens=1234567), "plain ops")
+    said = describe(config, abstract_mesh(**mesh), types.SimpleNamespace(num_tokens=1234567), "plain ops")
     first, *rest = said.split("\n")
     assert first == f"config: {config.to_json()}"
     return rest, count_parameters(config.model)
@@ -104,12 +108,12 @@ def test_a_pipeline_of_one_stage_a_rank_names_its_schedule():
 
 def test_there_is_a_tokenizer_for_a_sample_that_is_wanted_and_can_be_made(capsys):
     alone = abstract_mesh()
-    assert train_script.find_tokenizer(parse_args([]), alone).name == "bytes"
-    assert train_script.find_tokenizer(parse_args(["--sample_tokens", "0"]), alone) is None
-    assert train_script.find_tokenizer(parse_args(["--dp", "2"], world_size=2), abstract_mesh(dp=2)) is None
+    assert find_tokenizer(parse_args([]), alone).name == "bytes"
+    assert find_tokenizer(parse_args(["--sample_tokens", "0"]), alone) is None
+    assert find_tokenizer(parse_args(["--dp", "2"], world_size=2), abstract_mesh(dp=2)) is None
     assert capsys.readouterr().out == ""
     config = parse_args(["--tokenizer", "gpt2", "--vocab_dir", "nowhere"])
-    assert train_script.find_tokenizer(config, alone) is None
+    assert find_tokenizer(config, alone) is None
     said = capsys.readouterr().out
     assert said.startswith("there will be no sample at the end: --vocab_dir nowhere: cannot read ")
 
@@ -123,9 +127,9 @@ def test_the_sample_is_what_generate_gives_after_an_end_of_text(monkeypatch):
         asked.append((arguments, options))
         yield from b"abc"
 
-    monkeypatch.setattr(train_script, "generate", generate)
-    tokenizer = train_script.find_tokenizer(config, abstract_mesh())
-    assert train_script.sample(config, engine, tokenizer) == "--- sample ---\nabc\n---"
+    monkeypatch.setattr(sampling, "generate", generate)
+    tokenizer = find_tokenizer(config, abstract_mesh())
+    assert sample(config, engine, tokenizer) == "--- sample ---\nabc\n---"
     assert asked == [((engine.stages[0], [256], 5), {"temperature": 0.9, "seed": 3})]
 
 
@@ -152,7 +156,7 @@ def test_each_replica_reads_its_own_part_of_a_global_batch():
     for rank in range(4):
         data = Watched(dataset(67, 8))
         mesh = abstract_mesh(dp=2, ep=2, rank=rank)
-        batches = train_script.read_batches(config, mesh, data, 7)
+        batches = read_batches(config, mesh, data, 7)
         assert [(batch.first_sample, batch.step) for batch in batches] == [(6 * rank, 7), (6 * rank + 3, 7)]
         reads += data.read
     assert reads == [(7, list(range(start, start + 3))) for start in range(0, 24, 3)]
@@ -166,11 +170,11 @@ def test_an_evaluation_is_the_mean_over_the_first_global_batches():
         data, losses = Watched(dataset(67, 8)), iter([1.0, 2.0, 6.0])
         engine = types.SimpleNamespace(evaluate=lambda batches, losses=losses: next(losses))
         mesh = abstract_mesh(dp=2, ep=2, rank=rank)
-        assert train_script.evaluate(config, mesh, engine, data) == {"eval_loss": 3.0}
+        assert evaluate(config, mesh, engine, data) == {"eval_loss": 3.0}
         reads += data.read
     assert sorted(sum((indices for _, indices in reads), [])) == list(range(72))
     data = TokenDataset([np.zeros(100, dtype=np.uint16)], 8, 0, 67, bytes_per_token=4.0)
     engine = types.SimpleNamespace(evaluate=lambda batches: 8 * math.log(2))
     alone = replace(config, dp=1, ep=1)
-    found = train_script.evaluate(alone, abstract_mesh(), engine, data)
+    found = evaluate(alone, abstract_mesh(), engine, data)
     assert found == {"eval_loss": pytest.approx(8 * math.log(2)), "eval_bits_per_byte": pytest.approx(2.0)}

@@ -1,32 +1,43 @@
 """A few training steps of a tiny model on any mesh, and everything that two such runs can be compared by.
 
 The reference is always the single process with the plain ops: what `python train.py` computes. Data is read by
-train.py's own reader and steps are taken by the real engine.
+a run's own reader and steps are taken by the real engine.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import runpy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
-import train as train_script
 from heiretsu.data.batches import TokenDataset
 from heiretsu.kernels import fused, plain
 from heiretsu.model.config import ModelConfig
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, abstract_mesh
+from heiretsu.run import batches
 from heiretsu.run.building import build_engine
 from heiretsu.run.options import RunConfig, parse_args
 
+TRAIN = str(Path(__file__).parents[1] / "train.py")
 OPS = {"plain": plain, "fused": fused}
 
 DENSE = ModelConfig(vocab_size=67, block_size=8, n_layer=4, n_head=4, n_embed=16)
 MIXTURE = replace(DENSE, num_experts=4, top_k=2, moe_freq=2, aux_loss_coef=0.05)
+
+
+def train_here(*flags: str) -> None:
+    """`python train.py ...` in this process, without one of its own. It may end by SystemExit, as that may."""
+    with patch.object(sys, "argv", [TRAIN, *flags]):
+        runpy.run_path(TRAIN, run_name="__main__")
 
 
 @dataclass
@@ -73,17 +84,17 @@ def run_steps(
     engine = build_engine(config, mesh, OPS[ops])
     data = dataset(config.model.vocab_size, config.model.block_size)
     trace = Trace()
-    engine.accumulate(train_script.read_batches(config, mesh, data, 0))
+    engine.accumulate(batches.read_batches(config, mesh, data, 0))
     trace.first_grads = pieces(engine, engine.grads)
     for step in range(steps):
         with_overflow(engine, step in overflow_at and mesh.rank == mesh.world.size - 1)
-        report = engine.step(train_script.read_batches(config, mesh, data, step))
+        report = engine.step(batches.read_batches(config, mesh, data, step))
         trace.losses.append(report.loss)
         trace.aux_losses.append(report.aux_loss)
         trace.grad_norms.append(report.grad_norm)
         trace.skips.append(report.skipped)
         trace.expert_loads.append(None if report.expert_load is None else report.expert_load.tolist())
-    trace.eval_losses.append(train_script.evaluate(replace(config, eval_iters=2), mesh, engine, data)["eval_loss"])
+    trace.eval_losses.append(batches.evaluate(replace(config, eval_iters=2), mesh, engine, data)["eval_loss"])
     trace.params = pieces(engine, {name: param.detach() for name, param in engine.params.items()})
     return trace
 

@@ -11,8 +11,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-import train as train_script
-from heiretsu.run.options import parse_args
+from tests.training import train_here
 
 FLAGS = "--n_layer 1 --n_head 2 --n_embed 16 --block_size 16 --batch_size 2 --eval_interval 0 --sample_tokens 0".split()
 FLAGS += "--device cpu --dtype float64 --learning_rate 0.01 --save_interval 2".split()
@@ -38,14 +37,14 @@ class Outcome:
 
 
 def run(folder: Path, *flags: str, steps: int = STEPS, log: Path | None = None) -> Outcome:
-    """train.py's main, as `python train.py ... --checkpoint_dir folder`."""
+    """`python train.py ... --checkpoint_dir folder`, in this process."""
     log = log or folder.with_name(f"{folder.name}.jsonl")
     arguments = [*FLAGS, "--max_iters", str(steps), "--checkpoint_dir", str(folder), "--log_file", str(log), *flags]
     out, err, status = io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            train_script.main(parse_args(arguments, world_size=1))
+            train_here(*arguments)
         except SystemExit as end:
             status = int(end.code or 0)
         finally:

@@ -121,7 +121,7 @@ def saves_until_killed(folder: Path, steps: list[int], point: str, at_step: int,
 
     setattr(owner, name, killing)
     engine = build_engine(CONFIG, abstract_mesh(), plain)
-    saver = Saver(replace(CONFIG, checkpoint_dir=str(folder), keep=keep), engine, as_json(), {}, print)
+    saver = Saver(replace(CONFIG, checkpoint_dir=str(folder), keep=keep), engine, {}, print)
     for step in steps:
         saver.begin(step)
         saver.finish()
@@ -211,7 +211,7 @@ def test_a_kill_while_an_old_checkpoint_is_deleted(tmp_path, monkeypatch, record
 
 def saves_for_ever(folder: Path) -> None:
     engine = build_engine(CONFIG, abstract_mesh(), plain)
-    saver = Saver(replace(CONFIG, checkpoint_dir=str(folder), keep=2), engine, as_json(), {}, print)
+    saver = Saver(replace(CONFIG, checkpoint_dir=str(folder), keep=2), engine, {}, print)
     step = max(steps_in(folder), default=0)
     while True:
         step += 1
@@ -251,7 +251,7 @@ def saves_with_a_rank_that_cannot(mesh, folder: Path) -> list[str]:
     engine = build_engine(config, mesh, plain)
     came_to: list[str] = []
     config = replace(config, checkpoint_dir=str(folder), on_save_error="continue")
-    saver = Saver(config, engine, as_json(), {}, came_to.append)
+    saver = Saver(config, engine, {}, came_to.append)
     real = checkpoint._Writer.write_data
     for step in range(1, 6):
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-import train as train_script
 from heiretsu.kernels import plain
 from heiretsu.parallel.replicas import digest, first_difference
+from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from tests.faults.launch import TINY, last_line, records, run_to_the_end
 from tests.training import DENSE, MIXTURE, dataset, run_config
@@ -17,7 +17,7 @@ def engine_after(mesh, steps, model=DENSE, **sizes):
     config = run_config(model, microbatches=2, **sizes)
     engine, data = build_engine(config, mesh, plain), dataset(DENSE.vocab_size, DENSE.block_size)
     for step in range(steps):
-        engine.step(train_script.read_batches(config, mesh, data, step))
+        engine.step(read_batches(config, mesh, data, step))
     return config, engine, data
 
 
@@ -46,7 +46,7 @@ def skipping_on(mesh, sizes):
             engine.params[where].data.fill_(value)
             before[where] = engine.params[where].detach().clone()
         engine.averager.finish = finish if "gradient" in name else real
-        report = engine.step(train_script.read_batches(config, mesh, data, 1))
+        report = engine.step(read_batches(config, mesh, data, 1))
         same = all(torch.equal(before[key].nan_to_num(7), param.nan_to_num(7)) for key, param in engine.params.items())
         same &= all(torch.equal(moments[key], engine.optimizer.state[p]["exp_avg"]) for key, p in engine.params.items())
         found[name] = same, report.skipped, report.not_finite

@@ -42,7 +42,7 @@ def called(reports, timeout=30.0, store=None, head_start=0.0):
 def facts_of(*flags, seed=0):
     config = parse_args(flags, world_size=2)
     data = [TokenDataset([bytes_of(seed)], 8, 0, 257)]
-    return facts(config, json.loads(config.to_json()), "gloo on cpu", data, None)
+    return facts(config, "gloo on cpu", data, None)
 
 
 def bytes_of(seed):

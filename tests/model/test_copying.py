@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-import train as train_script
 from heiretsu.kernels import fused, plain
 from heiretsu.model.copying import HoldsOps
 from heiretsu.parallel.mesh import Axis, abstract_mesh
 from heiretsu.parallel.pipeline import Microbatch
+from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from tests.training import MIXTURE, dataset, run_config
 
@@ -42,7 +42,7 @@ def test_a_copy_of_a_model_in_training_computes_the_same(ops, compiled):
     mesh, data = abstract_mesh(), dataset(MIXTURE.vocab_size, MIXTURE.block_size)
     engine = build_engine(config, mesh, ops)
     if not compiled:  # which would take a minute
-        engine.step(train_script.read_batches(config, mesh, data, 0))
+        engine.step(read_batches(config, mesh, data, 0))
     (model,) = engine.stages
     batch = Microbatch(*data.batch(1, range(2)), step=1)
     for name, make in COPIES.items():

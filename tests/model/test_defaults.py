@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import train as train_script
 from heiretsu.kernels import fused, plain
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.batches import evaluate, read_batches
 from heiretsu.run.building import build_engine
 from heiretsu.run.log import peak_flops
 from heiretsu.run.sampling import generate
@@ -55,7 +55,7 @@ def whole_run(folder, ops, amp) -> dict:
     mesh, data = abstract_mesh(), dataset(model.vocab_size, model.block_size)
     engine = build_engine(config, mesh, ops)
     initial = {name: bits(param) for name, param in engine.params.items()}
-    reports = [engine.step(train_script.read_batches(config, mesh, data, step)) for step in range(2)]
+    reports = [engine.step(read_batches(config, mesh, data, step)) for step in range(2)]
     path = checkpoint.save(folder, 2, engine, json.loads(config.to_json()), keep=1)
     again = build_engine(config, mesh, ops)
     checkpoint.load(path, again, json.loads(config.to_json()))
@@ -66,8 +66,8 @@ def whole_run(folder, ops, amp) -> dict:
         "initial values": initial,
         "losses": [(r.loss, r.aux_loss, r.grad_norm, r.expert_load.tolist()) for r in reports],
         "parameters": {name: bits(param) for name, param in engine.params.items()},
-        "evaluation": train_script.evaluate(replace(config, eval_iters=2), mesh, engine, data),
-        "a step after resuming": again.step(train_script.read_batches(config, mesh, data, 2)).loss,
+        "evaluation": evaluate(replace(config, eval_iters=2), mesh, engine, data),
+        "a step after resuming": again.step(read_batches(config, mesh, data, 2)).loss,
         "sample": list(generate(loaded, [1, 2], 12, temperature=0.9, top_k=9, seed=3)),
         "calls that are measured": calls,
     }

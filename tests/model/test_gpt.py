@@ -6,10 +6,10 @@ import re
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-import train as train_script
 from heiretsu.kernels import plain
 from heiretsu.model.config import ModelConfig
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from tests.training import DENSE, MIXTURE, dataset, run_config
 
@@ -41,7 +41,7 @@ def test_initial_values_are_gpt2s(num_experts):
 def test_flops_are_those_that_torch_counts_but_for_the_future_that_attention_masks(model):
     config = run_config(model, global_batch=2, microbatches=1)
     engine = build_engine(config, abstract_mesh(), plain)
-    batches = train_script.read_batches(config, engine.mesh, dataset(model.vocab_size, model.block_size), 0)
+    batches = read_batches(config, engine.mesh, dataset(model.vocab_size, model.block_size), 0)
     with FlopCounterMode(display=False) as counter:
         engine.accumulate(batches)
     # plain multiplies all of QK^T and PV, 2 T C each a token; half of that is masked, and no work that a model needs.

@@ -63,17 +63,21 @@ def other(name: str) -> str:
 EDITS = [
     Edit(
         "the learning rate starts again on resume",
-        "train.py",
+        "run/training.py",
         "lr = learning_rate(config, step)",
         "lr = learning_rate(config, step - first_step)",
         RESUMED,
     ),
     Edit(
-        "warm-up a step late", "train.py", "* (step + 1) / config.warmup_iters", "* step / config.warmup_iters", RATES
+        "warm-up a step late",
+        "run/training.py",
+        "* (step + 1) / config.warmup_iters",
+        "* step / config.warmup_iters",
+        RATES,
     ),
     Edit(
         "the cosine reaches min_lr a step late",
-        "train.py",
+        "run/training.py",
         "config.max_iters - 1 - config.warmup_iters",
         "config.max_iters - config.warmup_iters",
         RATES,
@@ -205,20 +209,20 @@ EDITS = [
     ),
     Edit(
         "masks depend on the sample within its microbatch",
-        "train.py",
+        "run/batches.py",
         "targets.to(mesh.device), start, step))",
         "targets.to(mesh.device), 0, step))",
         DENSE,
     ),
-    Edit("every step reads the first step's tokens", "train.py", "data.batch(step, ", "data.batch(0, ", DENSE),
+    Edit("every step reads the first step's tokens", "run/batches.py", "data.batch(step, ", "data.batch(0, ", DENSE),
     Edit(
         "evaluation stops a batch early",
-        "train.py",
+        "run/batches.py",
         "for iteration in range(config.eval_iters):",
         "for iteration in range(config.eval_iters - 1):",
         DENSE,
     ),
-    Edit("bits are nats", "train.py", "loss / math.log(2) / data", "loss / data", BITS),
+    Edit("bits are nats", "run/batches.py", "loss / math.log(2) / data", "loss / data", BITS),
     Edit(
         "the second moment decays as the first",
         "run/building.py",
@@ -287,9 +291,9 @@ EDITS = [
     ),
     Edit(
         "ep ranks read one batch",
-        "train.py",
-        "first = mesh.replica.index",
-        "first = mesh.dp.index",
+        "run/batches.py",
+        "mesh.replica.index",
+        "mesh.dp.index",
         kind("mixture fused, resumed"),
     ),
     Edit(

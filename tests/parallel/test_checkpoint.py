@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import train as train_script
 from heiretsu.kernels import plain
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from heiretsu.run.saving import Saver
 from tests.training import DENSE, MIXTURE, Trace, dataset, failures, pieces, run_config, single_process
@@ -28,10 +28,10 @@ def steps(mesh, config, first, stop, folder, load=False, save_after=None):
     data = dataset(config.model.vocab_size, config.model.block_size)
     trace = Trace()
     said: list[str] = []
-    saver = Saver(replace(config, checkpoint_dir=str(folder)), engine, as_json, {"run_id": "a"}, said.append)
+    saver = Saver(replace(config, checkpoint_dir=str(folder)), engine, {"run_id": "a"}, said.append)
     engine.note = saver.note
     for step in range(first, stop):
-        report = engine.step(train_script.read_batches(config, mesh, data, step))
+        report = engine.step(read_batches(config, mesh, data, step))
         trace.losses.append(report.loss)
         trace.grad_norms.append(report.grad_norm)
         saver.after(report)
@@ -79,7 +79,7 @@ def test_resuming_on_the_same_mesh_changes_no_bit(ranks, tmp_path, mesh):
 def saved(tmp_path, step=1, keep=9):
     config = config_on({})
     engine = build_engine(config, abstract_mesh(), plain)
-    engine.step(train_script.read_batches(config, abstract_mesh(), dataset(67, 8), 0))
+    engine.step(read_batches(config, abstract_mesh(), dataset(67, 8), 0))
     return engine, config, checkpoint.save(tmp_path, step, engine, json.loads(config.to_json()), keep)
 
 

@@ -5,11 +5,11 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-import train as train_script
 from heiretsu.kernels import plain
 from heiretsu.parallel import data as data_parallel
 from heiretsu.parallel.mesh import REPLICAS, abstract_mesh
 from heiretsu.parallel.placement import Placement, Spec
+from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from tests.training import DENSE, MIXTURE, dataset, run_config
 
@@ -36,7 +36,7 @@ def recorded(mesh, config, bucket_bytes):
     averager = engine.averager = data_parallel.GradientAverager(engine.params, engine.table, bucket_bytes)
     for name, param in engine.params.items():
         param.register_post_accumulate_grad_hook(lambda _, name=name: events.append(("ready", name)))
-    batches = train_script.read_batches(config, mesh, dataset(67, 8), 0)
+    batches = read_batches(config, mesh, dataset(67, 8), 0)
     with patch.object(data_parallel.dist, "all_reduce", all_reduce):
         engine.accumulate(batches)
     sizes = [bucket.flat.numel() for bucket in averager.buckets if bucket.axis.size > 1]
@@ -61,7 +61,7 @@ def test_each_bucket_is_sent_once_a_step_and_most_before_backward_ends(ranks):
 
 def grads_are_views(mesh, config):
     engine = build_engine(config, mesh, plain)
-    engine.accumulate(train_script.read_batches(config, mesh, dataset(67, 8), 0))
+    engine.accumulate(read_batches(config, mesh, dataset(67, 8), 0))
     return {
         name: any(
             param.grad.untyped_storage().data_ptr() == bucket.flat.untyped_storage().data_ptr()

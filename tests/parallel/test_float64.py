@@ -8,10 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train as train_script
 from heiretsu.kernels import plain
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.parallel.optimizer import two_norm
+from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from heiretsu.run.sampling import generate
 from tests.training import DENSE, MIXTURE, dataset, run_config
@@ -34,7 +34,7 @@ def test_a_float32_run_needs_no_float64(model, amp):
     mesh, data = abstract_mesh(), dataset(model.vocab_size, model.block_size)
     with NoFloat64():
         engine = build_engine(config, mesh, plain)
-        batches = train_script.read_batches(config, mesh, data, 0)
+        batches = read_batches(config, mesh, data, 0)
         first = engine.step(batches)
         again = engine.evaluate(batches)
         text = list(generate(engine.stages[0], [1], 4, temperature=0.8, top_k=5))

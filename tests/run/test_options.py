@@ -13,7 +13,7 @@ from heiretsu.model.gpt import GPT, build_stages
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run import options
 from heiretsu.run.memory import bytes_of_a_rank
-from heiretsu.run.options import RunConfig, parse_args, refuse
+from heiretsu.run.options import RunConfig, command_line, parse_args, refuse
 
 DEFAULTS = {
     "preset": "tiny",
@@ -354,6 +354,11 @@ def test_one_rank_of_a_host_speaks_and_the_others_leave_it_the_time_to(monkeypat
         refuse("it is wrong")
     assert (first.value.code, second.value.code) == (2, 2)
     assert waited == [2] and capsys.readouterr().err == ""
+
+
+def test_switches_lists_and_absences_become_flags():
+    values = {"fused": True, "compile": False, "min_lr": None, "betas": (0.9, 0.99), "max_iters": 5}
+    assert command_line(values) == ["--fused", "--betas", "0.9", "0.99", "--max_iters", "5"]
 
 
 def test_help_tells_defaults_and_a_flag_cannot_be_shortened(capsys):

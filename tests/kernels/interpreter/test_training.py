@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-import train as train_script
 from heiretsu.kernels import fused, plain
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from tests.training import MIXTURE, dataset, run_config
 
@@ -24,7 +24,7 @@ def test_two_steps_in_bfloat16_are_those_of_plain(config):
     reports = {}
     for ops in (plain, fused):
         engine = build_engine(config, mesh, ops)
-        reports[ops] = [engine.step(train_script.read_batches(config, mesh, data, step)) for step in range(2)]
+        reports[ops] = [engine.step(read_batches(config, mesh, data, step)) for step in range(2)]
     for ours, theirs in zip(reports[fused], reports[plain], strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=2e-3)  # bfloat16 has 8 bits: 4e-3
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-2)
