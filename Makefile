@@ -66,7 +66,7 @@ audit: $(VENV)/.installed-dev ## compile every kernel ahead of time and check re
 
 cluster: $(VENV)/.installed-dev ## several machines, as two hosts on this one, with a Slurm (root; INSTALL=yes lets apt-get bring it)
 	@$(BIN)/python -m tests.cluster $(if $(INSTALL),--install)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile tests/cluster $(ARGS)
 
 bench: $(VENV)/.installed-dev ## measure the kernels against their alternatives
 	$(BIN)/python bench/kernels.py $(ARGS)

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.full
 TIMEOUT_S = 15
 # On a machine that does other things too: the time to notice, and the launcher's own end.
 ENDS_WITHIN_S = 120
-TRAIN = ["train.py", *TINY, "--dp", "2", "--tp", "2", "--max_iters", "1000000", "--timeout", str(TIMEOUT_S)]
+TWO = ["train.py", *TINY, "--dp", "2", "--max_iters", "1000000", "--timeout", str(TIMEOUT_S)]
+TRAIN = [*TWO, "--tp", "2"]
 
 
 LOST = (r"rank \d.* on birch\b", r"rank \d.* on alder\b")
@@ -45,9 +46,7 @@ def test_while_training(net, row):
 
 def test_while_saving(net, row, tmp_path):
     folder = tmp_path / "run"
-    processes = launch(
-        net, *TRAIN, "--n_embed", "256", "--save_interval", "1", "--checkpoint_dir", str(folder), ranks_per_host=2
-    )
+    processes = launch(net, *TWO, "--n_embed", "256", "--save_interval", "1", "--checkpoint_dir", str(folder))
     deadline = time.monotonic() + 300
     while len(complete(folder)) < 1 or not list(folder.glob(".step_*")):
         assert time.monotonic() < deadline, processes[0].text()

@@ -101,17 +101,19 @@ def near_its_limit(slurm):
 
 
 def test_two_jobs_at_once_on_the_same_nodes_finish(slurm, near_its_limit, row):
-    flags = ["--dp", "2", "--tp", "2", "--max_iters", "10"]
-    jobs = [Job(slurm, f"job{i}", *flags, ranks=2) for i in range(2)]
+    steps = ["--max_iters", "10"]
+    jobs = [Job(slurm, "four", "--dp", "2", "--tp", "2", *steps, ranks=2), Job(slurm, "two", "--dp", "2", *steps)]
     for job in jobs:
         slurm.wait_for(job.number, "RUNNING", "COMPLETED")
     together = [slurm.job(job.number)["JobState"] for job in jobs]
     assert together == ["RUNNING", "RUNNING"]
+    theirs = one_process(slurm, 10, batch_size=8)
     for job in jobs:
         assert slurm.wait_for(job.number, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", job.output
-        assert "hosts: alder ranks 0-1, birch ranks 2-3; between hosts: dp" in job.output
-        assert same_curve(job.log, one_process(slurm, 10, batch_size=8))
-    row("slurm finished", "both COMPLETED on ports of their own, dp 2 x tp 2, the curve of one process")
+        assert same_curve(job.log, theirs)
+    assert "hosts: alder ranks 0-1, birch ranks 2-3; between hosts: dp" in jobs[0].output
+    assert "hosts: alder ranks 0, birch ranks 1; between hosts: dp" in jobs[1].output
+    row("slurm finished", "both COMPLETED on ports of their own, dp 2 x tp 2 and dp 2, the curve of one process")
 
 
 def test_a_requeued_job_saves_first_and_goes_on(slurm, near_its_limit, row):

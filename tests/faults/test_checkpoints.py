@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -117,7 +118,7 @@ FIELDS = {
         {"scale": -1.0, "growth": 0, "good_steps": 0},
         {"scale": "1", "growth": 0, "good_steps": 0},
     ],
-    "config": [None, [], {}, {"model": []}, {"model": {}, "dtype": "save"}],
+    "config": [None, [], {}, {"model": [], "dtype": "float64"}, {"model": {}, "dtype": "save"}],
     "format": [None, "2", 3, [], True],
 }
 
@@ -139,6 +140,20 @@ def test_a_run_json_with_a_field_that_cannot_be_is_refused(two, record_property,
     sealed_again(path)
     verify(path)
     record_property("outcome", f"each refused in one line: {str(refused.value).rpartition('/')[2]}")
+
+
+def test_under_a_name_of_the_users_own_the_step_is_checked_as_well(two, record_property, tmp_path):
+    """A folder that is called step_N says itself which one it is; a copy with another name does not."""
+    record_property("fault", "the same with the checkpoint copied to a name of its own, another step")
+    path = Path(shutil.copytree(two[0] / "step_00000004", tmp_path / "best"))
+    sealed_again(path)
+    verify(path)
+    for value in ("4", None, -4, 4.0, 10**30, True):
+        edit(path / "run.json", step=value)
+        sealed_again(path)
+        with pytest.raises(ValueError, match=r"best: run.json has step "):
+            verify(path)
+    record_property("outcome", "refused")
 
 
 def test_every_bit_counts(two, record_property):
