@@ -10,7 +10,7 @@ JOBS   ?= 2
 OUT    ?= runs/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test mutate lint format types emulate audit bench gpu cluster wheel clean
+.PHONY: help install train test mutate lint format types emulate audit matrix bench gpu cluster wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -50,11 +50,14 @@ format: $(VENV)/.installed-dev ## let ruff sort imports and lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(VENV)/.installed-dev ## the type check alone
-	@mkdir -p build/types/heiretsu
-	@for folder in kernels parallel model data run offgpu bench; do ln -sfn "$(CURDIR)/$$folder" build/types/heiretsu/$$folder; done
+types: $(VENV)/.installed-dev package-for-mypy ## the type check alone
 	$(BIN)/mypy -p heiretsu
 	$(BIN)/mypy $(filter-out setup.py,$(wildcard *.py))
+
+.PHONY: package-for-mypy
+package-for-mypy:
+	@mkdir -p build/types/heiretsu
+	@for folder in kernels parallel model data run offgpu bench; do ln -sfn "$(CURDIR)/$$folder" build/types/heiretsu/$$folder; done
 
 emulate: $(VENV)/.installed-dev ## run the compiled kernels' PTX on the emulator, for A100 and H100, and the emulator's own tests
 	$(BIN)/python -m pytest tests/kernels --emulate sm_80 $(ARGS)
@@ -63,6 +66,9 @@ emulate: $(VENV)/.installed-dev ## run the compiled kernels' PTX on the emulator
 
 audit: $(VENV)/.installed-dev ## compile every kernel ahead of time and check registers, spills and bounds
 	$(BIN)/python bench/kernels.py --audit $(ARGS)
+
+matrix: $(VENV)/.installed-dev package-for-mypy ## the checks that depend on a release of torch or triton, on each pair of them (ARGS)
+	$(BIN)/python -m tests.matrix $(ARGS)
 
 cluster: $(VENV)/.installed-dev ## several machines, as two hosts on this one, with a Slurm (root; INSTALL=yes lets apt-get bring it)
 	@$(BIN)/python -m tests.cluster $(if $(INSTALL),--install)

@@ -1,5 +1,5 @@
-"""Every command in README.md, CONTRIBUTING.md and docs/ works: the program that it names accepts it, and where that is
-cheap it is run, each page from top to bottom in a folder of its own. How: tests/documents.py.
+"""Every command in README.md, CONTRIBUTING.md, docs/ and the tools' own pages works: the program that it names accepts
+it, and where that is cheap it is run, each page from top to bottom in a folder of its own. How: tests/documents.py.
 """
 
 import re
@@ -13,7 +13,9 @@ from tests.documents import Command, Reader, check, commands
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = {page.name: commands(page.read_text()) for page in PAGES}
+PAGES += [ROOT / folder / "README.md" for folder in ("offgpu", "offgpu/emulator", "tests/kernels")]
+NAMES = {str(page.relative_to(ROOT)): page for page in PAGES if page.exists()}
+COMMANDS = {name: commands(page.read_text()) for name, page in NAMES.items()}
 
 
 def complaint(command: Command, reader: Reader | None = None) -> str | None:
@@ -147,10 +149,11 @@ def test_a_command_that_fails_is_seen(tmp_path, monkeypatch, lines, reason):
     assert len(found) == 1 and reason in found[0], found
 
 
-@pytest.mark.parametrize("page", [page.name for page in PAGES if page.exists()])
+@pytest.mark.parametrize("page", NAMES)
 def test_links_between_pages_lead_somewhere(page):
-    path = next(p for p in PAGES if p.name == page)
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+    path = NAMES[page]
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{page} links to {target}"
 
