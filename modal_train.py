@@ -30,7 +30,8 @@ from typing import Any
 try:
     import modal
 
-    from heiretsu.run.options import RunConfig, command_line, parse_args
+    from heiretsu.run.flags import command_line
+    from heiretsu.run.options import RunConfig, parse_args
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing}: run `pip install -e .[modal]` in this folder (or `make train`, for a run on this machine)")
 

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__" and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]  # this folder's file names are not names for `import`
@@ -69,7 +70,7 @@ def variant(name: str, base: RunConfig) -> Variant:
     words = name.split("+")
     if unknown := sorted(set(words) - WORDS):
         raise ValueError(f"--variants {name}: {unknown[0]} is none of {', '.join(sorted(WORDS))}")
-    amp = next((word for word in words if word in ("bf16", "fp16")), "none")
+    amp: Any = next((word for word in words if word in ("bf16", "fp16")), "none")
     config = replace(base, fused="fused" in words, compile="compile" in words, amp=amp)
     return Variant(name, config)
 
@@ -227,7 +228,9 @@ def compare(base: RunConfig, variants: list[Variant], device: torch.device, args
         facts["malloc"] = str(allocator) if allocator else "keeps what is freed" if kept else "as the system has it"
     if args.clock == "cpu":
         facts["clock"] = "CPU seconds of rank 0, because others used the machine, too"
-    peaks = {one.config.amp: peak_flops(device, one.config.amp, ranks, CLOCKS[args.clock]) for one in variants}
+    peaks: dict[str, tuple[float, str]] = {
+        one.config.amp: peak_flops(device, one.config.amp, ranks, CLOCKS[args.clock]) for one in variants
+    }
     if mesh.rank == 0:
         print(environment.as_text(facts))
         print(describe(base, mesh))

@@ -23,12 +23,13 @@ from pathlib import Path
 
 import torch
 
+from heiretsu.data.tokenizer import TOKENIZERS
 from heiretsu.model.config import ModelConfig
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.checkpoint_folder import checkpoints
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run.building import build_engine
-from heiretsu.run.options import VOCAB_SIZES, parse_args
+from heiretsu.run.options import parse_args
 from heiretsu.run.saved import load_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,7 +67,7 @@ def import_gpt2(source: str | os.PathLike, out: str | os.PathLike) -> Path:
         raise ValueError(f"{out}: holds checkpoints already; import into another folder")
     model = read_config(Path(source))
     weights = from_hf(read_tensors(Path(source)), model)
-    tokenizer = {size: name for name, size in VOCAB_SIZES.items()}[model.vocab_size]
+    tokenizer = {size: name for name, size in TOKENIZERS.items()}[model.vocab_size]
     config = replace(parse_args(["--tokenizer", tokenizer], world_size=1), model=model)
     engine = build_engine(config, abstract_mesh(), ops=None)  # nothing is computed
     for name, param in engine.params.items():
@@ -111,8 +112,8 @@ def read_config(folder: Path) -> ModelConfig:
     model = ModelConfig(**{ours: theirs[key] for ours, key in _SIZES.items()})
     if theirs.get("n_inner") not in (None, model.ffn_size):
         raise ValueError(f"{folder}: n_inner is {theirs['n_inner']}; only 4 * n_embd can be imported")
-    if model.vocab_size not in VOCAB_SIZES.values():
-        known = ", ".join(f"{name} ({size})" for name, size in sorted(VOCAB_SIZES.items()))
+    if model.vocab_size not in TOKENIZERS.values():
+        known = ", ".join(f"{name} ({size})" for name, size in sorted(TOKENIZERS.items()))
         raise ValueError(f"{folder}: vocab_size is {model.vocab_size}, of no tokenizer that train.py has: {known}")
     return model
 

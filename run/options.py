@@ -1,4 +1,4 @@
-"""The command line of train.py: every flag, its default, and every check that needs no device.
+"""The command line of train.py: every flag, declared once with its default, and every check that needs no device.
 
 `parse_args` turns the command line into one frozen `RunConfig`. It imports neither torch nor anything slow, so that a
 wrong combination is refused in well under a second, on every rank alike, before a process group exists.
@@ -9,118 +9,145 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NoReturn
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, NoReturn, get_type_hints
 
+from heiretsu.data.tokenizer import TOKENIZERS
 from heiretsu.model.config import PRESETS, ModelConfig, split_layers
 from heiretsu.parallel.schedules import SCHEDULES
+from heiretsu.run.flags import Bounds, Flag, flag, how_to_read
 from heiretsu.run.memory import check_memory
-
-VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a number of the command line must be, in words too. above, below: excluded; low, high: included. NaN and inf
-    never hold."""
-
-    words: str
-    low: float = -math.inf
-    above: float = -math.inf
-    below: float = math.inf
-    high: float = math.inf
-
-    def hold(self, value: float) -> bool:
-        return math.isfinite(value) and self.above < value < self.below and self.low <= value <= self.high
-
 
 _COUNT = Bounds("be at least 1, and below 2**63", low=1, below=2**63)
 _COUNT_OR_NONE = Bounds("be at least 0, and below 2**63", low=0, below=2**63)
 _NOT_NEGATIVE = Bounds("be at least 0, and finite", low=0)
 
-# Every number that the parser takes: which it may be, whatever the others are.
-BOUNDS: dict[str, Bounds] = {
-    **dict.fromkeys("n_layer n_head n_embed block_size batch_size grad_accum_steps".split(), _COUNT),
-    **dict.fromkeys("dp ep pp tp virtual_stages num_train_chunks num_val_chunks".split(), _COUNT),
-    **dict.fromkeys("max_iters max_skips eval_iters keep loss_scale_window".split(), _COUNT),
-    **dict.fromkeys("num_experts top_k moe_freq warmup_iters eval_interval save_interval".split(), _COUNT_OR_NONE),
-    **dict.fromkeys("check_replicas sample_tokens".split(), _COUNT_OR_NONE),
-    **dict.fromkeys("weight_decay grad_clip min_lr aux_loss_coef".split(), _NOT_NEGATIVE),
-    "learning_rate": Bounds("be above 0, and finite", above=0),
-    "loss_scale": Bounds("be a number of at least 1, and finite", low=1),
-    "dropout": Bounds("be in [0, 1)", low=0, below=1),
-    "betas": Bounds("both be in [0, 1)", low=0, below=1),
-    "seed": Bounds("be at least 0, and below 2**64", low=0, below=2**64),
-    "timeout": Bounds("be above 0, and at most 604800 seconds, a week", above=0, high=604800),
-}
+
+# The groups of --help, in its order.
+GROUPS = DATA, MODEL, OPTIMISATION, PARALLELISM, DEVICE, RESULTS = (
+    "data",
+    "model",
+    "optimisation",
+    "parallelism",
+    "device and precision",
+    "evaluation, logs and checkpoints",
+)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole training run. model: its sizes. The other fields are the flags of the same names.
+    """A whole training run. model: its sizes, whose flags are MODEL_FLAGS. The other fields are the flags of the same
+    names, in the order of --help.
 
     tokenizer: None until the folder of --data_dir has been asked (`with_tokenizer`).
     """
 
-    model: ModelConfig
-    preset: str
-    data_dir: str | None
-    tokenizer: str | None
-    vocab_dir: str | None
-    num_train_chunks: int | None
-    num_val_chunks: int | None
-    batch_size: int
-    grad_accum_steps: int
-    max_iters: int
-    max_skips: int
-    check_replicas: int
-    eval_interval: int
-    eval_iters: int
-    learning_rate: float
-    warmup_iters: int
-    min_lr: float | None
-    weight_decay: float
-    betas: tuple[float, float]
-    grad_clip: float
-    amp: str
-    loss_scale: float | None
-    loss_scale_window: int
-    dtype: str
-    compile: bool
-    fused: bool
-    autotune: bool
-    device: str
-    dist_backend: str | None
-    timeout: float
-    seed: int
-    dp: int
-    ep: int
-    pp: int
-    tp: int
-    schedule: str
-    virtual_stages: int
-    log_file: str | None
-    wandb: bool
-    wandb_project: str
-    wandb_entity: str | None
-    wandb_mode: Literal["online", "offline", "disabled"]
-    run_name: str | None
-    checkpoint_dir: str | None
-    save_interval: int
-    resume: str
-    allow_changes: bool
-    init_from: str | None
-    keep: int
-    on_save_error: Literal["stop", "continue"]
-    local_checkpoints: bool
-    profile: str | None
-    memory_snapshot: bool
-    sample_tokens: int
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    data_dir: str | None = flag(
+        None, DATA, "token shards (fineweb_train_*.bin, or what data/prepare.py writes); default: embedded corpus"
+    )
+    tokenizer: str | None = flag(
+        None, DATA, "default: that of --data_dir, bytes for the embedded corpus", choices=sorted(TOKENIZERS)
+    )
+    vocab_dir: str | None = flag(
+        None, DATA, "folder with GPT-2's encoder.json and vocab.bpe, where tiktoken cannot download them"
+    )
+    num_train_chunks: int | None = flag(None, DATA, "read only the first so many training shards", _COUNT)
+    num_val_chunks: int | None = flag(None, DATA, "read only the first so many validation shards", _COUNT)
+    batch_size: int = flag(16, DATA, "sequences per microbatch per data replica", _COUNT)
+
+    preset: str = flag("tiny", MODEL, "sizes; the flags below override it", choices=sorted(PRESETS))
+
+    max_iters: int = flag(1000, OPTIMISATION, "optimizer steps", _COUNT)
+    max_skips: int = flag(50, OPTIMISATION, "steps skipped in a row, for numbers not finite, that end the run", _COUNT)
+    check_replicas: int = flag(
+        0, OPTIMISATION, "steps between comparisons of what ranks hold alike; 0: none", _COUNT_OR_NONE
+    )
+    grad_accum_steps: int = flag(1, OPTIMISATION, "microbatches of a step; with --pp, what fills the pipeline", _COUNT)
+    learning_rate: float = flag(1e-3, OPTIMISATION, bounds=Bounds("be above 0, and finite", above=0))
+    warmup_iters: int = flag(0, OPTIMISATION, "steps of linear warm-up", _COUNT_OR_NONE)
+    min_lr: float | None = flag(None, OPTIMISATION, "cosine decay to this; default: constant", _NOT_NEGATIVE)
+    weight_decay: float = flag(0.1, OPTIMISATION, bounds=_NOT_NEGATIVE)
+    betas: tuple[float, float] = flag(
+        (0.9, 0.95), OPTIMISATION, bounds=Bounds("both be in [0, 1)", low=0, below=1), metavar=("B1", "B2")
+    )
+    grad_clip: float = flag(1.0, OPTIMISATION, "largest global gradient norm; 0: no clipping", _NOT_NEGATIVE)
+    seed: int = flag(1337, OPTIMISATION, bounds=Bounds("be at least 0, and below 2**64", low=0, below=2**64))
+
+    dp: int = flag(1, PARALLELISM, "data-parallel ranks", _COUNT)
+    ep: int = flag(1, PARALLELISM, "expert-parallel ranks", _COUNT)
+    pp: int = flag(1, PARALLELISM, "pipeline-parallel ranks", _COUNT)
+    tp: int = flag(1, PARALLELISM, "tensor-parallel ranks", _COUNT)
+    schedule: str = flag(
+        "1f1b",
+        PARALLELISM,
+        "order of work in the pipeline",
+        choices=[name for name, schedule in SCHEDULES.items() if not schedule.splits_backward],
+    )
+    virtual_stages: int = flag(2, PARALLELISM, "stages that a rank runs with --schedule interleaved", _COUNT)
+    dist_backend: Literal["nccl", "gloo"] | None = flag(None, PARALLELISM, "default: nccl on CUDA, gloo elsewhere")
+    timeout: float = flag(
+        600.0,
+        PARALLELISM,
+        "seconds that a rank may wait for the others before the run ends",
+        Bounds("be above 0, and at most 604800 seconds, a week", above=0, high=604800),
+    )
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", DEVICE)
+    amp: Literal["none", "fp16", "bf16"] = flag("none", DEVICE, "precision of the activations")
+    loss_scale: float | None = flag(
+        None,
+        DEVICE,
+        "dynamic loss scale, to begin with; default: 65536 with --amp fp16, else none",
+        Bounds("be a number of at least 1, and finite", low=1),
+    )
+    loss_scale_window: int = flag(2000, DEVICE, "good steps in a row after which the loss scale doubles", _COUNT)
+    dtype: Literal["float32", "float64"] = flag("float32", DEVICE, "precision of the parameters")
+    fused: bool = flag(False, DEVICE, "run the fused kernels instead of plain PyTorch")
+    autotune: bool = flag(
+        False,
+        DEVICE,
+        "with --fused on a GPU: first measure a few launch parameters for this run's shapes, once; kept in "
+        "$HEIRETSU_CACHE or ~/.cache/heiretsu",
+    )
+    compile: bool = flag(False, DEVICE, "torch.compile each block")
+
+    eval_interval: int = flag(250, RESULTS, "steps between evaluations; 0: none", _COUNT_OR_NONE)
+    eval_iters: int = flag(10, RESULTS, "global batches of an evaluation", _COUNT)
+    sample_tokens: int = flag(300, RESULTS, "tokens generated at the end, on one process; 0: none", _COUNT_OR_NONE)
+    log_file: str | None = flag(None, RESULTS, "JSON lines, one a step")
+    checkpoint_dir: str | None = flag(None, RESULTS, "default with --save_interval: runs/checkpoints, or runs/RUN_NAME")
+    save_interval: int = flag(
+        0, RESULTS, "steps between checkpoints; 0: only the last, if there is a folder", _COUNT_OR_NONE
+    )
+    resume: str = flag("none", RESULTS, "auto: the newest checkpoint of --checkpoint_dir; none; or a path")
+    allow_changes: bool = flag(
+        False, RESULTS, "resume although seed, batch, data, learning rate or the like is not what it was"
+    )
+    init_from: str | None = flag(
+        None, RESULTS, "start from the parameters of this checkpoint (heiretsu.run.conversion imports GPT-2's)"
+    )
+    keep: int = flag(2, RESULTS, "checkpoints kept", _COUNT)
+    local_checkpoints: bool = flag(
+        False,
+        RESULTS,
+        "hosts do not share --checkpoint_dir: the first writes all of it, so that only dp may run between them",
+    )
+    on_save_error: Literal["stop", "continue"] = flag("stop", RESULTS, "what a save that fails does to the run")
+    profile: str | None = flag(
+        None, RESULTS, "write torch.profiler traces of three steps there, one for each rank", metavar="DIR"
+    )
+    memory_snapshot: bool = flag(False, RESULTS, "with --profile on a GPU: also who allocated what")
+    wandb: bool = flag(False, RESULTS)
+    wandb_project: str = flag("heiretsu", RESULTS)
+    wandb_entity: str | None = flag(None, RESULTS)
+    wandb_mode: Literal["online", "offline", "disabled"] = flag("online", RESULTS)
+    run_name: str | None = flag(None, RESULTS)
 
     @property
     def replicas(self) -> int:
@@ -153,7 +180,7 @@ class RunConfig:
         return backend
 
     def with_tokenizer(self, name: str) -> RunConfig:
-        return replace(self, tokenizer=name, model=replace(self.model, vocab_size=VOCAB_SIZES[name]))
+        return replace(self, tokenizer=name, model=replace(self.model, vocab_size=TOKENIZERS[name]))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -161,6 +188,21 @@ class RunConfig:
     def as_json(self) -> dict[str, Any]:
         """As it stands in a checkpoint's run.json: what is a tuple here is a list there."""
         return json.loads(self.to_json())
+
+
+# The flags of ModelConfig's fields, which have their types and defaults there; but what a preset names, it decides.
+MODEL_FLAGS = {
+    "block_size": Flag(DATA, "tokens of a sequence; default: the preset's", _COUNT),
+    "n_layer": Flag(MODEL, "default: the preset's", _COUNT),
+    "n_head": Flag(MODEL, "default: the preset's", _COUNT),
+    "n_embed": Flag(MODEL, "default: the preset's", _COUNT),
+    "dropout": Flag(MODEL, bounds=Bounds("be in [0, 1)", low=0, below=1)),
+    "num_experts": Flag(MODEL, "experts of a mixture layer; 0: dense", _COUNT_OR_NONE),
+    "top_k": Flag(MODEL, "experts that serve a token", _COUNT_OR_NONE),
+    "moe_freq": Flag(MODEL, "every so many layers, one is a mixture", _COUNT_OR_NONE),
+    "aux_loss_coef": Flag(MODEL, "weight of the balance loss", _NOT_NEGATIVE),
+}
+FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in fields(RunConfig) if f.name != "model"} | MODEL_FLAGS
 
 
 def parse_args(argv: Sequence[str] | None = None, world_size: int | None = None) -> RunConfig:
@@ -171,11 +213,9 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int | None = None)
     flags = vars(_parser().parse_args(argv))
     if flags["tokenizer"] is None and flags["data_dir"] is None:
         flags["tokenizer"] = "bytes"
-    sizes = {**PRESETS[flags["preset"]], "vocab_size": VOCAB_SIZES[flags["tokenizer"] or "gpt2"]}
-    for name in ModelConfig.__dataclass_fields__:
-        value = flags.pop(name, None)
-        if value is not None:
-            sizes[name] = value
+    sizes = {**PRESETS[flags["preset"]], "vocab_size": TOKENIZERS[flags["tokenizer"] or "gpt2"]}
+    given = {name: flags.pop(name) for name in MODEL_FLAGS}
+    sizes |= {name: value for name, value in given.items() if value is not None}
     flags["betas"] = tuple(flags["betas"])
     config = RunConfig(model=ModelConfig(**sizes), **flags)
     if config.save_interval and config.checkpoint_dir is None:
@@ -187,18 +227,29 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int | None = None)
     return config
 
 
-def command_line(values: Mapping[str, object]) -> list[str]:
-    """The flags that ask for these values, by name. False and None leave a flag out."""
-    words: list[str] = []
-    for name, value in values.items():
-        if value is None or value is False:
-            continue
-        words.append(f"--{name}")
-        if isinstance(value, list | tuple):
-            words += map(str, value)
-        elif value is not True:
-            words.append(str(value))
-    return words
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse, without the page of usage before each error."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(f"{message} (see train.py --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="train.py",
+        allow_abbrev=False,
+        description="Train a GPT-2 or mixture-of-experts model with data, expert, pipeline and tensor parallelism.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    types = get_type_hints(ModelConfig) | get_type_hints(RunConfig)
+    for group in GROUPS:
+        add = parser.add_argument_group(group).add_argument
+        for name, about in FLAGS.items():
+            if about.group == group:
+                default = getattr(ModelConfig if name in MODEL_FLAGS else RunConfig, name)
+                default = None if name in PRESETS["tiny"] else default
+                add(f"--{name}", default=default, help=about.help, **how_to_read(types[name], about))
+    return parser
 
 
 def refuse(why: object) -> NoReturn:
@@ -209,13 +260,6 @@ def refuse(why: object) -> NoReturn:
     else:
         print(f"train.py: error: {why}", file=sys.stderr, flush=True)
     sys.exit(2)
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    """argparse, without the page of usage before each error."""
-
-    def error(self, message: str) -> NoReturn:
-        refuse(f"{message} (see train.py --help)")
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -249,12 +293,12 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def _check_ranges(record: RunConfig | ModelConfig) -> None:
-    for name, bounds in BOUNDS.items():
-        given = getattr(record, name, None)
+    for name, about in FLAGS.items():
+        given = getattr(record, name, None) if about.bounds else None
         for value in given if isinstance(given, tuple) else [given]:
-            if value is not None and not bounds.hold(value):
+            if value is not None and not about.bounds.hold(value):
                 shown = " ".join(map(str, given)) if isinstance(given, tuple) else given
-                raise ValueError(f"--{name} {shown} must {bounds.words}")
+                raise ValueError(f"--{name} {shown} must {about.bounds.words}")
 
 
 def check_model(model: ModelConfig) -> None:
@@ -293,106 +337,3 @@ def _check_topology(config: RunConfig, world_size: int) -> None:
             f"--schedule {config.schedule} deals out a pipeline's stages, but --pp is 1: use --schedule 1f1b"
         )
     split_layers(model, config.pp, config.stages_per_rank)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(
-        prog="train.py",
-        allow_abbrev=False,
-        description="Train a GPT-2 or mixture-of-experts model with data, expert, pipeline and tensor parallelism.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--data_dir",
-        help="token shards (fineweb_train_*.bin, or what data/prepare.py writes); default: embedded corpus",
-    )
-    add("--tokenizer", choices=sorted(VOCAB_SIZES), help="default: that of --data_dir, bytes for the embedded corpus")
-    add("--vocab_dir", help="folder with GPT-2's encoder.json and vocab.bpe, where tiktoken cannot download them")
-    add("--num_train_chunks", type=int, help="read only the first so many training shards")
-    add("--num_val_chunks", type=int, help="read only the first so many validation shards")
-    add("--batch_size", type=int, default=16, help="sequences per microbatch per data replica")
-    add("--block_size", type=int, help="tokens of a sequence; default: the preset's")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--preset", choices=sorted(PRESETS), default="tiny", help="sizes; the flags below override it")
-    for name in ("n_layer", "n_head", "n_embed"):
-        add(f"--{name}", type=int, help="default: the preset's")
-    add("--dropout", type=float, default=ModelConfig.dropout)
-    add("--num_experts", type=int, default=ModelConfig.num_experts, help="experts of a mixture layer; 0: dense")
-    add("--top_k", type=int, default=ModelConfig.top_k, help="experts that serve a token")
-    add("--moe_freq", type=int, default=ModelConfig.moe_freq, help="every so many layers, one is a mixture")
-    add("--aux_loss_coef", type=float, default=ModelConfig.aux_loss_coef, help="weight of the balance loss")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--max_iters", type=int, default=1000, help="optimizer steps")
-    add("--max_skips", type=int, default=50, help="steps skipped in a row, for numbers not finite, that end the run")
-    add("--check_replicas", type=int, default=0, help="steps between comparisons of what ranks hold alike; 0: none")
-    add("--grad_accum_steps", type=int, default=1, help="microbatches of a step; with --pp, what fills the pipeline")
-    add("--learning_rate", type=float, default=1e-3)
-    add("--warmup_iters", type=int, default=0, help="steps of linear warm-up")
-    add("--min_lr", type=float, help="cosine decay to this; default: constant")
-    add("--weight_decay", type=float, default=0.1)
-    add("--betas", type=float, nargs=2, default=(0.9, 0.95), metavar=("B1", "B2"))
-    add("--grad_clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
-    add("--seed", type=int, default=1337)
-
-    add = parser.add_argument_group("parallelism").add_argument
-    for name, what in {"dp": "data", "ep": "expert", "pp": "pipeline", "tp": "tensor"}.items():
-        add(f"--{name}", type=int, default=1, help=f"{what}-parallel ranks")
-    schedules = [name for name, schedule in SCHEDULES.items() if not schedule.splits_backward]
-    add("--schedule", choices=schedules, default="1f1b", help="order of work in the pipeline")
-    add("--virtual_stages", type=int, default=2, help="stages that a rank runs with --schedule interleaved")
-    add("--dist_backend", choices=("nccl", "gloo"), help="default: nccl on CUDA, gloo elsewhere")
-    add("--timeout", type=float, default=600.0, help="seconds that a rank may wait for the others before the run ends")
-
-    add = parser.add_argument_group("device and precision").add_argument
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--amp", choices=("none", "fp16", "bf16"), default="none", help="precision of the activations")
-    add(
-        "--loss_scale",
-        type=float,
-        help="dynamic loss scale, to begin with; default: 65536 with --amp fp16, else none",
-    )
-    add("--loss_scale_window", type=int, default=2000, help="good steps in a row after which the loss scale doubles")
-    add("--dtype", choices=("float32", "float64"), default="float32", help="precision of the parameters")
-    add("--fused", action="store_true", help="run the fused kernels instead of plain PyTorch")
-    add(
-        "--autotune",
-        action="store_true",
-        help="with --fused on a GPU: first measure a few launch parameters for this run's shapes, once; kept in "
-        "$HEIRETSU_CACHE or ~/.cache/heiretsu",
-    )
-    add("--compile", action="store_true", help="torch.compile each block")
-
-    add = parser.add_argument_group("evaluation, logs and checkpoints").add_argument
-    add("--eval_interval", type=int, default=250, help="steps between evaluations; 0: none")
-    add("--eval_iters", type=int, default=10, help="global batches of an evaluation")
-    add("--sample_tokens", type=int, default=300, help="tokens generated at the end, on one process; 0: none")
-    add("--log_file", help="JSON lines, one a step")
-    add("--checkpoint_dir", help="default with --save_interval: runs/checkpoints, or runs/RUN_NAME")
-    add(
-        "--save_interval", type=int, default=0, help="steps between checkpoints; 0: only the last, if there is a folder"
-    )
-    add("--resume", default="none", help="auto: the newest checkpoint of --checkpoint_dir; none; or a path")
-    add(
-        "--allow_changes",
-        action="store_true",
-        help="resume although seed, batch, data, learning rate or the like is not what it was",
-    )
-    add("--init_from", help="start from the parameters of this checkpoint (heiretsu.run.conversion imports GPT-2's)")
-    add("--keep", type=int, default=2, help="checkpoints kept")
-    add(
-        "--local_checkpoints",
-        action="store_true",
-        help="hosts do not share --checkpoint_dir: the first writes all of it, so that only dp may run between them",
-    )
-    add("--on_save_error", choices=("stop", "continue"), default="stop", help="what a save that fails does to the run")
-    add("--profile", metavar="DIR", help="write torch.profiler traces of three steps there, one for each rank")
-    add("--memory_snapshot", action="store_true", help="with --profile on a GPU: also who allocated what")
-    add("--wandb", action="store_true")
-    add("--wandb_project", default="heiretsu")
-    add("--wandb_entity")
-    add("--wandb_mode", choices=("online", "offline", "disabled"), default="online")
-    add("--run_name")
-    return parser

@@ -39,6 +39,7 @@ from heiretsu.parallel import checkpoint
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run import conversion as hf
 from heiretsu.run import options
+from heiretsu.run.flags import command_line
 from heiretsu.run.options import RunConfig, parse_args
 from heiretsu.run.resume import find_origin
 
@@ -348,7 +349,7 @@ class Reader:
         flags = asdict(tiny(config, done + 1))
         sizes = flags.pop("model")
         del sizes["vocab_size"]  # the tokenizer's
-        run_script(str(ROOT / "train.py"), options.command_line(flags | sizes))
+        run_script(str(ROOT / "train.py"), command_line(flags | sizes))
 
     def prepare(self, flags: list[str]) -> None:
         """With stand-ins for the reader's own texts, and with GPT-2's vocabulary from a package."""

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ import torch
 from heiretsu.model.gpt import GPT, build_stages
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run import options
+from heiretsu.run.flags import command_line
 from heiretsu.run.memory import bytes_of_a_rank
-from heiretsu.run.options import RunConfig, command_line, parse_args, refuse
+from heiretsu.run.options import RunConfig, parse_args, refuse
 
 DEFAULTS = {
     "preset": "tiny",
@@ -162,6 +163,7 @@ def test_defaults():
     config = asdict(parse_args([]))
     assert config.pop("model") == MODEL_DEFAULTS
     assert {name: config[name] for name in DEFAULTS} == DEFAULTS
+    assert replace(RunConfig(), tokenizer="bytes") == parse_args([])
 
 
 def test_every_flag_arrives_as_it_was_given():
@@ -392,7 +394,7 @@ def test_every_flag_is_in_one_of_these_tables():
 
 def test_every_number_has_its_bounds():
     numbers = {action.dest for action in options._parser()._actions if action.type in (int, float)}
-    assert len(numbers) > 30 and numbers == set(options.BOUNDS)
+    assert len(numbers) > 30 and numbers == {name for name, flag in options.FLAGS.items() if flag.bounds}
 
 
 FAR_TOO_LARGE = (
