@@ -15,6 +15,8 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from heiretsu.kernels import plain
+from heiretsu.kernels.control import CONTROL
+from heiretsu.kernels.recording import Call
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -40,11 +42,15 @@ def _fast(specification: Callable[P, R], file: str = "") -> Callable[P, R]:
     def op(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0] if args else kwargs.get(first_name)
         device = first.device.type if isinstance(first, torch.Tensor) else "cpu"  # no tensor: for the form to refuse
-        if device == "cpu" and not INTERPRETED:
-            return cpu_form(*args, **kwargs)
-        if triton_form is None:
+        use = cpu_form if device == "cpu" and not INTERPRETED and CONTROL.arch is None else triton_form
+        if use is None:
             raise ValueError(f"{name}: {device} tensors need Triton; install it, or move them to the CPU")
-        return triton_form(*args, **kwargs)
+        result = use(*args, **kwargs)
+        if CONTROL.records and not torch.compiler.is_compiling():
+            call = Call.of(specification, args, kwargs)
+            for record in CONTROL.records:
+                record.calls.append(call)
+        return result
 
     return op
 

@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 
 from heiretsu.kernels import fused
+from heiretsu.kernels.control import CONTROL
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.placement import shard_bounds
 from heiretsu.run.building import COMPUTE_DTYPES
 from heiretsu.run.options import RunConfig
 
 if fused.HAS_TRITON:
-    from heiretsu.kernels.gpu import autotune, launch
+    from heiretsu.kernels.gpu import autotune
 
 Run = Callable[[], dict[str, torch.Tensor]]
 
@@ -139,6 +140,6 @@ def tune_kernels(config: RunConfig, mesh: Mesh) -> None:
     chosen = [autotune.tune(kernel_calls(config, mesh, fused), mesh.device) if mesh.rank == 0 else None]
     if mesh.world.size > 1:
         dist.broadcast_object_list(chosen, src=0)
-    launch.CHOSEN.update(chosen[0])
+    CONTROL.chosen.update(chosen[0])
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()  # the training's blocks have other sizes

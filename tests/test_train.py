@@ -19,6 +19,7 @@ import torch
 from heiretsu.data.batches import TokenDataset
 from heiretsu.data.shards import write_shard
 from heiretsu.kernels import fused, plain
+from heiretsu.kernels.control import CONTROL
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run import log as run_log
 from heiretsu.run import training, tuning
@@ -211,11 +212,11 @@ def choices_of_a_rank(mesh):
 
     def tune(calls, device):
         asked.extend(name.split()[0] for name in calls)
-        return {launch.Entry("hopper", "dropout", None): {"num_warps": mesh.rank + 1}}
+        return {launch.tiles_named("dropout").find("hopper"): {"num_warps": mesh.rank + 1}}
 
     with unittest.mock.patch.object(tuning.autotune, "tune", tune):
         tuning.tune_kernels(parse_args([*TINY, "--dp", "2", "--fused"], world_size=2), mesh)
-    return launch.CHOSEN, asked
+    return CONTROL.chosen, asked
 
 
 @pytest.mark.skipif(not fused.HAS_TRITON, reason="there is nothing to tune")

@@ -23,6 +23,7 @@ from heiretsu.bench.measure import place
 from heiretsu.bench.parity import cotangents_for, gradients_of
 from heiretsu.bench.train import DATA_SHEET_PEAKS
 from heiretsu.kernels import fused
+from heiretsu.kernels.arguments import CHECKS
 from heiretsu.kernels.gpu.launch import AuditCase
 from heiretsu.offgpu.audit import analysis, runner
 from heiretsu.offgpu.audit.compiling import compile_kernel
@@ -141,7 +142,7 @@ def triton_ops():
     class Ops:
         pass
 
-    for op in forms.TRITON_FILES:
+    for op in CHECKS:
         setattr(Ops, op, staticmethod(forms.triton_form(op)))
     return Ops
 

@@ -1,4 +1,4 @@
-"""A parity case for each launch that ships for an architecture class: one that takes each entry of launch.TABLE.
+"""A parity case for each launch that ships for an architecture class: one that takes each entry of its tiles.
 
 Sizes are the largest that an entry serves, lengths a few tiles and a tail, so that every loop of a kernel runs. The
 parity table proper holds small cases, which some entries never see.
@@ -10,6 +10,7 @@ import torch
 
 from heiretsu.kernels.arguments import MOST_EXPERTS
 from heiretsu.kernels.gpu import launch
+from heiretsu.kernels.recording import recording
 from tests.kernels.parity import Case
 
 BF16, FP32 = (torch.bfloat16,), (torch.float32,)
@@ -17,16 +18,16 @@ SIZES_OF_ANY = {"head dim": 16, "C": 48, "E": 6}  # for a class with one entry f
 
 
 def cases(arch: str) -> list[Case]:
-    """Cases that together launch every entry of launch.TABLE[arch]. Their names say which size they are for."""
+    """Cases that together launch every entry of a class. Their names say which size they are for."""
     long = arch != "interpreter"  # which takes a second for what a GPU does in no time
     return [*_attention(arch, long), *_rows(arch, long), *_mixture(arch, long), *_cross_entropy(long)]
 
 
 def launched_by(case: Case, run) -> list[str]:
     """run(case), and the entries that it launched, in words."""
-    with launch.observed() as entries:
+    with recording() as record:
         run(case)
-    return [title(entry) for entry in entries]
+    return [title(entry) for entry in record.entries]
 
 
 def title(entry: launch.Entry) -> str:
@@ -34,15 +35,14 @@ def title(entry: launch.Entry) -> str:
 
 
 def every_title(arch: str) -> list[str]:
-    return [title(launch.Entry(arch, row, size)) for row, sizes in launch.TABLE[arch].items() for size in sizes]
+    return [title(entry) for entry in launch.every_entry(arch)]
 
 
 def _sizes(arch: str, kernel: str, what: str) -> list[int]:
-    rows = [sizes for row, sizes in launch.TABLE[arch].items() if row.partition("/")[0] == kernel]
-    sizes = {SIZES_OF_ANY[what] if size is None else size for sizes in rows for size in sizes}
     if arch == "interpreter":
         return [SIZES_OF_ANY[what]]
-    return sorted(sizes)
+    sizes = (entry.size for entry in launch.tiles_named(kernel).entries(arch))
+    return sorted({SIZES_OF_ANY[what] if size is None else size for size in sizes})
 
 
 def _randn(generator, dtype, *shape, scale=1.0):

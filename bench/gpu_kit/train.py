@@ -25,7 +25,8 @@ from heiretsu.bench.timing import Timing
 from heiretsu.data.corpus import load_corpus
 from heiretsu.data.folder import shard_name
 from heiretsu.data.shards import write_shard
-from heiretsu.kernels.gpu import autotune, launch
+from heiretsu.kernels.control import CONTROL
+from heiretsu.kernels.gpu import autotune
 from heiretsu.parallel.mesh import make_mesh
 from heiretsu.run.options import RunConfig, parse_args
 from heiretsu.run.tuning import kernel_calls
@@ -286,7 +287,7 @@ def tune(kit: Kit) -> None:
 def choose(kit: Kit, calls, cache: Path, clock) -> list[str]:
     """autotune.tune, and what it said."""
     said: list[str] = []
-    launch.CHOSEN.clear()
+    CONTROL.chosen.clear()
     autotune.tune(
         calls, kit.torch_device, cache, clock, said.append, seconds=max(5.0, min(60.0, kit.seconds_left() - 10))
     )

@@ -17,9 +17,108 @@ import torch
 import triton
 import triton.language as tl
 
-from heiretsu.kernels.gpu import launch
 from heiretsu.kernels.gpu.attention_tiles import LOG2_E, block_d, dot, dot_add, keep_mask, load_rows, store_rows
+from heiretsu.kernels.gpu.launch import Tiles, on_every_gpu, tile
 from heiretsu.kernels.random import Dropout
+
+# By head dim; the figures and reasons as in attention_forward.py.
+DELTA = Tiles(
+    "attention_delta",
+    on_every_gpu({64: dict(BLOCK_M=64, num_warps=4, num_stages=1), 256: dict(BLOCK_M=16, num_warps=4, num_stages=1)})
+    | {"interpreter": {None: dict(BLOCK_M=64, num_warps=4, num_stages=1)}},
+)
+_FP32 = {64: tile(32, 32, 4, 1), 128: tile(32, 32, 8, 1), 256: tile(16, 16, 4, 1)}  # 108 to 255 registers, no spills
+_DKDV_FP32 = {D: chosen | {"DV_FIRST": True} for D, chosen in _FP32.items()}
+_SMALLER_FP32 = _FP32 | {128: tile(16, 32, 8, 1)}  # dq at 32 x 32 spills 40 bytes on H100 and 104 on B200
+DKDV = Tiles(
+    "attention_dkdv",
+    {
+        "ampere": {
+            64: tile(64, 128, 8, 2, DV_FIRST=True),  # .76, 252/0/1; 4 warps 504 bytes spilled
+            128: tile(32, 128, 8, 2, DV_FIRST=True),  # .72, 255/0/1; ds first 3624 bytes; 64 x 64 .83, but 104 bytes
+            256: tile(32, 64, 8, 2, DV_FIRST=False),  # .35, 250/0/1; 64 x 64 .56, but 64 bytes spilled
+        },
+        "hopper": {
+            64: tile(128, 128, 8, 2, DV_FIRST=False),  # .99, 254/0/1; 3 stages 88 bytes in groups; 64 x 128 .88
+            128: tile(64, 128, 8, 2, DV_FIRST=False),  # .99, 252/0/1
+            256: tile(64, 64, 8, 2, DV_FIRST=False),  # .40, 255/248/1; 32 x 64 spills 48 bytes at .22
+        },
+        "blackwell": {
+            64: tile(64, 128, 8, 2, DV_FIRST=True),  # .44, 172/0/1, 215 with ds first; 128 x 128 .50, but 312 bytes
+            128: tile(64, 128, 8, 2, DV_FIRST=True),  # .57, 201/0/1, 243 with ds first
+            256: tile(64, 64, 8, 1, DV_FIRST=False),  # .50, 232/0/1
+        },
+        "cdna3": {
+            64: tile(32, 128, 4, 1, DV_FIRST=False),  # .72, 248/0/2; 64 keys compute S twice
+            128: tile(32, 128, 4, 1, DV_FIRST=False),  # 1.00, 360/0/1
+            256: tile(16, 64, 4, 1, DV_FIRST=False),  # .87, 306/0/1; 128 queries spill 481 registers
+        },
+        "interpreter": {None: tile(32, 64, 4, 1, DV_FIRST=True)},
+    },
+    fp32=on_every_gpu(_DKDV_FP32)
+    | {"cdna3": {D: _DKDV_FP32[D] for D in (64, 256)}},  # at D = 128, 32 x 32 would spill 550 bytes
+    dropout={
+        "ampere": {
+            64: tile(32, 128, 8, 2, DV_FIRST=True),  # .37, 190/0/1; 64 x 128 takes 255 registers
+            128: tile(16, 128, 8, 2, DV_FIRST=True),  # .61, 243/0/1; 32 x 128 .72, but 72 bytes spilled
+            256: tile(32, 64, 8, 2, DV_FIRST=False),  # .35, 255/0/1
+        },
+        "hopper": {
+            64: tile(32, 128, 8, 2, DV_FIRST=False),  # .21, 172/0/1; 64 x 128 spills 8 bytes, 128 x 128 160
+            128: tile(32, 128, 8, 2, DV_FIRST=False),  # .42, 246/0/1; 64 x 128 spills 32 bytes, in groups 272
+            256: tile(32, 64, 8, 2, DV_FIRST=False),  # .22, 255/176/1; 64 x 64 .40, but 408 bytes
+        },
+        "blackwell": {
+            64: tile(64, 128, 8, 2, DV_FIRST=True),  # .10, 255/0/1
+            128: tile(32, 128, 8, 2, DV_FIRST=True),  # .19, 182/0/1; 64 x 128 24 bytes
+            256: tile(32, 64, 8, 1, DV_FIRST=False),  # .29, 205/0/1; 64 x 64 .37, but 176 bytes
+        },
+        "cdna3": {
+            64: tile(16, 128, 4, 1, DV_FIRST=False),  # .21, 218/0/2; 32 x 128 takes 292 registers
+            128: tile(32, 128, 4, 1, DV_FIRST=False),  # .38, 400/0/1
+            256: tile(16, 64, 4, 1, DV_FIRST=False),  # .75, 309/0/1
+        },
+    },
+)
+DQ = Tiles(
+    "attention_dq",
+    {
+        "ampere": {
+            64: tile(128, 64, 8, 3),  # .80, 187/0/1; 4 warps 1.00, but 112 bytes spilled
+            128: tile(128, 64, 8, 3),  # .80, 255/0/1
+            256: tile(64, 64, 8, 1),  # .50, 248/0/1
+        },
+        "hopper": {
+            64: tile(128, 64, 8, 3),  # 1.00, 128/0/2
+            128: tile(128, 64, 8, 3),  # 1.00, 196/0/1
+            256: tile(128, 32, 8, 1),  # .60, 255/32/1
+        },
+        "blackwell": {
+            64: tile(128, 64, 8, 2),  # .67, 127/0/2
+            128: tile(128, 64, 8, 2),  # .67, 157/0/1; 128 x 128 .86, but 24 bytes spilled
+            256: tile(128, 32, 8, 1),  # .46, 209/0/1
+        },
+        "cdna3": {
+            64: tile(128, 32, 4, 1),  # .93, 166/0/3; 64 queries compute S twice
+            128: tile(128, 16, 4, 1),  # 1.00, 208/0/2; 64 queries compute S twice
+            256: tile(64, 16, 4, 1),  # .84, 240/0/2
+        },
+        "interpreter": {None: tile(64, 32, 4, 1)},
+    },
+    fp32={
+        "ampere": _FP32,
+        "hopper": _SMALLER_FP32,
+        "blackwell": _SMALLER_FP32,
+        "cdna3": {D: _FP32[D] for D in (64, 256)},
+    },
+    dropout={  # elsewhere nothing spills with the tiles above
+        "hopper": {
+            64: tile(128, 64, 8, 3),  # .15, 179/0/1
+            128: tile(128, 64, 8, 2),  # .29, 250/0/1; 3 stages 8 bytes
+            256: tile(128, 32, 8, 1),  # .55, 255/128/1
+        },
+    },
+)
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -263,18 +362,18 @@ def backward(
     scalars = (H, T, S, dropout.seed, dropout.batch_offset, dropout.head_offset)
     constants = dict(GROUP=H // Hkv, CAUSAL=causal, SCALE=scale, DROP_BELOW=dropout.drop_below,
                      KEEP_SCALE=dropout.keep_scale, D=D, BLOCK_D=block_d(D))  # fmt: skip
-    with launch.on(q.device):
-        meta = launch.parameters("attention_delta", q.device, D, q.itemsize)
-        _delta_kernel[(triton.cdiv(T, meta["BLOCK_M"]) * B * H,)](
-            out, dout, lse, dlse, delta, lse_log2, *dout.stride(), *((0, 0, 0) if dlse is None else dlse.stride()),
-            H, T, D=D, BLOCK_D=block_d(D), **meta,
-        )  # fmt: skip
-        if need_dkdv:
-            meta = launch.parameters("attention_dkdv", q.device, D, q.itemsize, dropout.drop_below > 0)
-            grid = (triton.cdiv(S, meta["BLOCK_N"]) * B * Hkv,)
-            _dkdv_kernel[grid](*shared, dk, dv, *strides, *scalars, **constants, **meta)
-        if need_dq:
-            meta = launch.parameters("attention_dq", q.device, D, q.itemsize, dropout.drop_below > 0)
-            grid = (triton.cdiv(T, meta["BLOCK_M"]) * B * H,)
-            _dq_kernel[grid](*shared, dq, *strides, *scalars, **constants, **meta)
+    chosen = DELTA.parameters(q.device, D, q.itemsize)
+    chosen.launch(
+        _delta_kernel, (triton.cdiv(T, chosen["BLOCK_M"]) * B * H,),
+        out, dout, lse, dlse, delta, lse_log2, *dout.stride(), *((0, 0, 0) if dlse is None else dlse.stride()),
+        H, T, D=D, BLOCK_D=block_d(D),
+    )  # fmt: skip
+    if need_dkdv:
+        chosen = DKDV.parameters(q.device, D, q.itemsize, dropout.drop_below > 0)
+        grid = (triton.cdiv(S, chosen["BLOCK_N"]) * B * Hkv,)
+        chosen.launch(_dkdv_kernel, grid, *shared, dk, dv, *strides, *scalars, **constants)
+    if need_dq:
+        chosen = DQ.parameters(q.device, D, q.itemsize, dropout.drop_below > 0)
+        grid = (triton.cdiv(T, chosen["BLOCK_M"]) * B * H,)
+        chosen.launch(_dq_kernel, grid, *shared, dq, *strides, *scalars, **constants)
     return dq, dk, dv

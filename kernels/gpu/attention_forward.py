@@ -16,9 +16,68 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels.dtypes import at_least_float32
-from heiretsu.kernels.gpu import launch
 from heiretsu.kernels.gpu.attention_tiles import LN_2, LOG2_E, block_d, dot, dot_add, keep_mask, load_rows, store_rows
+from heiretsu.kernels.gpu.launch import Tiles, on_every_gpu, tile
 from heiretsu.kernels.random import Dropout
+
+# By head dim. Behind an entry: the bound that the other pipes set to the tensor cores (less what is computed twice),
+# registers / spilled bytes / programs on an SM, all at bf16, causal; and what a neighbour would give. On H100 every dot
+# has N >= 64, which wgmma needs for its full rate; on A100 and MI300X registers decide.
+#
+# fp32: its dots are made of FMAs: small tiles, so that neither registers nor the unrolled code explode. No spills but
+# 32 bytes on B200 at D = 256.
+# dropout: Philox takes 46 instructions an element, which set the bound whatever the tile is, and their temporaries take
+# registers, hence fewer elements a thread.
+# interpreter: unequal blocks, so that a confusion of M and N shows; small, so that short tests have several.
+TILES = Tiles(
+    "attention_forward",
+    {
+        "ampere": {
+            64: tile(128, 64, 4, 2),  # 1.00, 255/0/2; 8 warps .80: each reads all of k and v from shared memory
+            128: tile(128, 64, 8, 2),  # .80, 245/0/1; 4 warps 1.00, but 264 bytes spilled
+            256: tile(64, 64, 8, 2),  # .52, 255/0/1
+        },
+        "hopper": {
+            64: tile(128, 64, 4, 2),  # .94, 213/0/2, bound by exp2
+            128: tile(128, 128, 8, 2),  # 1.00, 223/0/1; 128 x 64 with 4 warps spills 104 bytes
+            256: tile(128, 64, 8, 2),  # 1.00, 246/0/1
+        },
+        "blackwell": {
+            64: tile(128, 64, 4, 2),  # .49, 216/0/2, bound by exp2
+            128: tile(128, 128, 8, 2),  # .79, 228/0/1
+            256: tile(128, 64, 8, 2),  # .66, 252/0/1
+        },
+        "cdna3": {
+            64: tile(128, 64, 4, 1),  # .59, 204/0/2
+            128: tile(128, 32, 4, 1),  # 1.00, 203/0/2; 128 x 64 takes 303 registers
+            256: tile(128, 16, 4, 1),  # 1.00, 305/0/1, all 64 KB of LDS
+        },
+        "interpreter": {None: tile(64, 32, 4, 1)},
+    },
+    fp32=on_every_gpu({64: tile(64, 32, 8, 1), 128: tile(32, 32, 8, 1), 256: tile(16, 16, 4, 1)}),
+    dropout={
+        "ampere": {
+            64: tile(64, 64, 4, 2),  # .18, 190/0/2; 128 x 64 spills 40 bytes
+            128: tile(128, 32, 8, 2),  # .33, 226/0/1; 128 x 64 spills 8 bytes
+            256: tile(64, 64, 8, 2),  # .52, 255/0/1
+        },
+        "hopper": {
+            64: tile(64, 64, 4, 2),  # .10, 148/0/3; 128 x 64 with 4 warps spills 40 bytes
+            128: tile(128, 64, 8, 2),  # .19, 179/0/1; 128 x 128 spills 72 bytes
+            256: tile(128, 64, 8, 2),  # .38, 255/0/1
+        },
+        "blackwell": {
+            64: tile(64, 32, 4, 2),  # .04, 221/0/2; 128 x 64 with 8 warps 312 bytes, with 4 2464
+            128: tile(128, 32, 8, 2),  # .09, 234/0/1; 128 x 64 520 bytes, 128 x 128 2376
+            256: tile(64, 32, 8, 2),  # .17, 214/0/1; 128 x 64 1032 bytes
+        },
+        "cdna3": {
+            64: tile(128, 32, 4, 1),  # .10, 180/0/2; 128 x 64 takes 301 registers
+            128: tile(128, 32, 4, 1),  # .20, 252/0/2
+            256: tile(128, 16, 4, 1),  # .35, 323/0/1
+        },
+    },
+)
 
 
 @triton.jit
@@ -119,13 +178,12 @@ def forward(q, k, v, causal: bool, scale: float, dropout: Dropout):
     B, H, T, D = q.shape
     out = q.new_empty(B, T, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, T, dtype=at_least_float32(q.dtype))
-    meta = launch.parameters("attention_forward", q.device, D, q.itemsize, dropout.drop_below > 0)
-    grid = (triton.cdiv(T, meta["BLOCK_M"]) * B * H,)
-    with launch.on(q.device):
-        _forward_kernel[grid](
-            q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(), H, T, k.shape[2],
-            dropout.seed, dropout.batch_offset, dropout.head_offset,
-            GROUP=H // k.shape[1], CAUSAL=causal, SCALE=scale, DROP_BELOW=dropout.drop_below,
-            KEEP_SCALE=dropout.keep_scale, D=D, BLOCK_D=block_d(D), **meta,
-        )  # fmt: skip
+    chosen = TILES.parameters(q.device, D, q.itemsize, dropout.drop_below > 0)
+    chosen.launch(
+        _forward_kernel, (triton.cdiv(T, chosen["BLOCK_M"]) * B * H,),
+        q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(), H, T, k.shape[2],
+        dropout.seed, dropout.batch_offset, dropout.head_offset,
+        GROUP=H // k.shape[1], CAUSAL=causal, SCALE=scale, DROP_BELOW=dropout.drop_below,
+        KEEP_SCALE=dropout.keep_scale, D=D, BLOCK_D=block_d(D),
+    )  # fmt: skip
     return out, lse

@@ -1,7 +1,7 @@
 """Launch parameters measured on this GPU, for the shapes of one run: what `train.py --autotune` does before it trains.
 
-The table of launch.py is derived from what the compiler makes of a kernel, for a whole class of GPUs; a clock knows
-more about one of them. For each entry of the table that a call launches, the table's parameters and a pruned few others
+The tiles that ship are derived from what the compiler makes of a kernel, for a whole class of GPUs; a clock knows more
+about one of them. For each entry that a call launches, the table's parameters (those that ship) and a pruned few others
 are timed in the call's forward and backward pass, one entry after the other. Another one is taken only if it is faster
 by more than the noise, twice, and computes what the table's computes. Each step is said, the time is bounded, and what
 was found is kept on disk, where the next run of the same shapes, GPU, Triton and kernel sources finds it.
@@ -22,9 +22,10 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from heiretsu.kernels.gpu import launch
+from heiretsu.kernels.control import CONTROL
 from heiretsu.kernels.gpu.autotune_cache import Cache, cache_file
 from heiretsu.kernels.gpu.launch import Entry
+from heiretsu.kernels.recording import recording
 
 Run = Callable[[], Mapping[str, torch.Tensor]]  # a call's forward and backward: every output and gradient, by name
 
@@ -40,10 +41,9 @@ def candidates(entry: Entry) -> list[dict]:
     They are what other architectures of the kind use, one pipeline stage more or less where any of them has a pipeline,
     and half or double the warps, between 4 and 16.
     """
-    table = launch.TABLE[entry.arch][entry.row][entry.size]
+    table, archs = entry.parameters, entry.tiles.rows[entry.row]
     kind = CLASSES_OF_A_KIND if entry.arch in CLASSES_OF_A_KIND else (entry.arch,)
-    rows = [launch.TABLE[arch].get(entry.row, {}) for arch in kind]
-    others = [row[entry.size] for row in rows if entry.size in row]
+    others = [archs[arch][entry.size] for arch in kind if entry.size in archs.get(arch, ())]
     stages, warps = table["num_stages"], table["num_warps"]
     if any(other["num_stages"] > 1 for other in others):
         others += [table | {"num_stages": count} for count in (stages - 1, stages + 1) if count >= 1]
@@ -77,23 +77,23 @@ def tune(
     calls: {op, shapes and dtype in words: a function that makes the inputs and returns the Run}. An entry that several
     of them launch is tuned in the first. path: of the cache, `cache_file()` unless given. clock: milliseconds of a Run.
     seconds: no candidate is begun after so many; what is left keeps the table's parameters, and the next run goes on
-    there. Returns the choices, to put into another process's `launch.CHOSEN`.
+    there. Returns the choices, to put into another process's `CONTROL.chosen`.
     """
-    launch.CHOSEN.clear()
+    CONTROL.chosen.clear()
     cache = Cache(path or cache_file(), device, say)
     chosen: dict[Entry, dict] = {}
     todo: dict[Entry, str] = {}  # and the call to tune it in
     for call, prepare in calls.items():
-        with launch.observed() as entries:
+        with recording() as record:
             prepare()()
-        for entry in entries:
+        for entry in record.entries:
             if entry in chosen or entry in todo:
                 continue
             if known := cache.get(call, entry, candidates(entry)):
                 chosen[entry] = known
             else:
                 todo[entry] = call
-    launch.CHOSEN.update(chosen)
+    CONTROL.chosen.update(chosen)
     if chosen:
         changed = {_title(e): _difference(e, p) for e, p in chosen.items() if p != candidates(e)[0]}
         words = "".join(f"; {title} with {difference}" for title, difference in changed.items())
@@ -111,11 +111,11 @@ def tune(
             run, prepared = calls[call](), call
         best = _best(entry, call, run, clock, deadline, say)
         if best is None:
-            del launch.CHOSEN[entry]
+            del CONTROL.chosen[entry]
             left = _kernels(list(todo)[done:])
             say(f"autotune: out of time; the table's parameters stay for {left}, which the next run measures")
             break
-        launch.CHOSEN[entry] = chosen[entry] = best
+        CONTROL.chosen[entry] = chosen[entry] = best
         cache.put(call, entry, candidates(entry), best)
     return chosen
 
@@ -125,7 +125,7 @@ def _best(entry: Entry, call: str, run: Run, clock, deadline: float, say) -> dic
     table, *others = candidates(entry)
 
     def measure(parameters: dict) -> float:
-        launch.CHOSEN[entry] = parameters
+        CONTROL.chosen[entry] = parameters
         return clock(run)
 
     def drop(parameters: dict, why: object) -> None:
@@ -145,7 +145,7 @@ def _best(entry: Entry, call: str, run: Run, clock, deadline: float, say) -> dic
     for now, parameters in sorted(times, key=lambda pair: pair[0]):
         if now >= (1 - NOISE) * before:
             break
-        launch.CHOSEN[entry] = parameters
+        CONTROL.chosen[entry] = parameters
         if wrong := _disagreement(run(), expected):
             drop(parameters, f"WRONG RESULTS: {wrong}")
         elif measure(parameters) < (1 - NOISE) * measure(table):  # again: the best of several is best by luck, too

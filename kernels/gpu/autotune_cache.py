@@ -1,7 +1,7 @@
 """Where autotune.py keeps what it chose: a JSON file.
 
 {device, Triton, call and entry in words: {"valid": digest, "parameters": what was chosen}}. The digest is of the
-candidates and of the kernels' sources, so that an edit of a kernel or of the table makes older measurements void.
+candidates and of the kernels' sources, so that an edit of a kernel or of its tiles makes older measurements void.
 """
 
 import hashlib

@@ -5,7 +5,7 @@
 Bytes: 2 values an element forward and 3 backward, which recomputes u; unfused 4 and 7. dbias: each program sums its own
 rows into one row of partial sums, and these are added in a fixed order, so that two runs give the same bits.
 
-N rows (all leading dims of x), F columns. TABLE entries: bias_gelu_forward, bias_gelu_backward.
+N rows (all leading dims of x), F columns.
 """
 
 import torch
@@ -16,7 +16,21 @@ from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import launch
 from heiretsu.kernels.gpu.gelu import gelu, gelu_and_derivative
+from heiretsu.kernels.gpu.launch import Tiles, on_every_gpu
 from heiretsu.kernels.gpu.row_tiles import as_rows, contiguous_like, load_tile, store_tile
+
+# Headroom over DRAM at bf16, forward / backward: A100 2.23 / 1.98, H100 2.26 / 2.36, B200 1.18 / 1.39, MI300X
+# 1.11 / 1.50; 40 / 72 registers on H100. Twice the backward's tile costs 136 registers and gains nothing.
+FORWARD = Tiles(
+    "bias_gelu_forward",
+    on_every_gpu({None: dict(BLOCK_N=8, BLOCK_F=512, num_warps=4, num_stages=1)})
+    | {"interpreter": {None: dict(BLOCK_N=8, BLOCK_F=32, num_warps=4, num_stages=1)}},
+)
+BACKWARD = Tiles(
+    "bias_gelu_backward",
+    on_every_gpu({None: dict(ROWS=64, BLOCK_N=4, BLOCK_F=512, num_warps=4, num_stages=1)})
+    | {"interpreter": {None: dict(ROWS=16, BLOCK_N=8, BLOCK_F=32, num_warps=4, num_stages=1)}},
+)
 
 
 @triton.jit
@@ -79,10 +93,9 @@ def _forward(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     if x.numel() == 0:
         return out
     rows, F = as_rows(x), x.shape[-1]
-    meta = launch.parameters("bias_gelu_forward", x.device, itemsize=x.itemsize)
-    grid = (triton.cdiv(rows.shape[0], meta["BLOCK_N"]) * triton.cdiv(F, meta["BLOCK_F"]),)
-    with launch.on(x.device):
-        _forward_kernel[grid](rows, bias, out, rows.shape[0], F, rows.stride(0), **meta)
+    chosen = FORWARD.parameters(x.device, itemsize=x.itemsize)
+    grid = (triton.cdiv(rows.shape[0], chosen["BLOCK_N"]) * triton.cdiv(F, chosen["BLOCK_F"]),)
+    chosen.launch(_forward_kernel, grid, rows, bias, out, rows.shape[0], F, rows.stride(0))
     return out
 
 
@@ -100,15 +113,13 @@ def _backward(
     if x.numel() == 0:
         return dx, dbias.zero_()
     rows, dout_rows, F = as_rows(x), as_rows(dout), x.shape[-1]
-    meta = launch.parameters("bias_gelu_backward", x.device, itemsize=x.itemsize)
-    row_blocks = triton.cdiv(rows.shape[0], meta["ROWS"])
+    chosen = BACKWARD.parameters(x.device, itemsize=x.itemsize)
+    row_blocks = triton.cdiv(rows.shape[0], chosen["ROWS"])
     partial = x.new_empty(row_blocks, F, dtype=at_least_float32(x.dtype)) if need_dbias else None
-    grid = (row_blocks * triton.cdiv(F, meta["BLOCK_F"]),)
-    with launch.on(x.device):
-        _backward_kernel[grid](
-            dout_rows, rows, bias, dx if need_dx else None, partial, rows.shape[0], F, dout_rows.stride(0),
-            rows.stride(0), **meta,
-        )  # fmt: skip
+    chosen.launch(
+        _backward_kernel, (row_blocks * triton.cdiv(F, chosen["BLOCK_F"]),),
+        dout_rows, rows, bias, dx if need_dx else None, partial, rows.shape[0], F, dout_rows.stride(0), rows.stride(0),
+    )  # fmt: skip
     return dx, partial.sum(0).to(bias.dtype) if need_dbias else dbias
 
 

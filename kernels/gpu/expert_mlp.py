@@ -23,8 +23,7 @@ elements; their gradients leave the float32 accumulators in the weights' own dty
 
 Deterministic: every sum has a fixed order. No host sync: grids are upper bounds from shapes.
 
-N tokens, K experts per token, E experts, C hidden size, F feed-forward size. Table entries: moe_combine,
-moe_combine_backward, moe_sum_tiles.
+N tokens, K experts per token, E experts, C hidden size, F feed-forward size.
 """
 
 import torch
@@ -35,8 +34,25 @@ from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import grouped_gemm, launch
 from heiretsu.kernels.gpu.grouped_gemm import find_tile
-from heiretsu.kernels.gpu.launch import AuditCase
+from heiretsu.kernels.gpu.launch import AuditCase, Tiles, accumulator, on_every_gpu
 from heiretsu.kernels.gpu.routing_plan import RoutingPlan, make_plan
+
+# The passes over rows beside the GEMMs, whose tiles are in grouped_gemm.py.
+COMBINE = Tiles(
+    "moe_combine",
+    on_every_gpu({None: dict(BLOCK_N=16, BLOCK_C=256, num_warps=4, num_stages=1)})
+    | {"interpreter": {None: dict(BLOCK_N=16, BLOCK_C=32, num_warps=4, num_stages=1)}},
+)
+COMBINE_BACKWARD = Tiles(
+    "moe_combine_backward",
+    on_every_gpu({None: dict(BLOCK_M=16, BLOCK_C=256, num_warps=4, num_stages=1)})
+    | {"interpreter": {None: dict(BLOCK_M=16, BLOCK_C=32, num_warps=4, num_stages=1)}},
+)
+SUM_TILES = Tiles(
+    "moe_sum_tiles",
+    on_every_gpu({None: dict(BLOCK_T=16, BLOCK_C=64, num_warps=4, num_stages=1)})
+    | {"interpreter": {None: dict(BLOCK_T=2, BLOCK_C=32, num_warps=4, num_stages=1)}},
+)
 
 
 @triton.jit
@@ -141,11 +157,12 @@ def _combine(rows, plan, gates=None):
     """(N, C): each token's rows summed over k, weighted by its gates if given."""
     num_tokens, C = plan.slot_rows.shape[0], rows.shape[1]
     out = rows.new_empty(num_tokens, C)
-    meta = launch.parameters("moe_combine", rows.device)
-    meta |= dict(TOP_K=plan.top_k, GATED=gates is not None, ACC=_accumulator(rows))
-    grid = triton.cdiv(num_tokens, meta["BLOCK_N"]), triton.cdiv(C, meta["BLOCK_C"])
-    with launch.on(rows.device):
-        _combine_kernel[grid](rows, rows if gates is None else gates, plan.slot_rows, out, num_tokens, C, **meta)
+    chosen = COMBINE.parameters(rows.device)
+    chosen.launch(
+        _combine_kernel, (triton.cdiv(num_tokens, chosen["BLOCK_N"]), triton.cdiv(C, chosen["BLOCK_C"])),
+        rows, rows if gates is None else gates, plan.slot_rows, out, num_tokens, C,
+        TOP_K=plan.top_k, GATED=gates is not None, ACC=accumulator(rows.dtype),
+    )  # fmt: skip
     return out
 
 
@@ -153,30 +170,27 @@ def _combine_backward(dout, y, gates, plan, want_dbias):
     """(dgates, sums of gate * dout over each row tile or None, rows of a tile)."""
     num_experts, C = plan.offsets.numel() - 1, y.shape[1]
     dgates = torch.zeros_like(gates, memory_format=torch.contiguous_format)  # a slot of no expert is in no tile
-    meta = launch.parameters("moe_combine_backward", y.device)
-    tiles = grouped_gemm.row_tile_bound(plan.order.numel(), num_experts, meta["BLOCK_M"])
+    chosen = COMBINE_BACKWARD.parameters(y.device)
+    tiles = grouped_gemm.row_tile_bound(plan.order.numel(), num_experts, chosen["BLOCK_M"])
     partial = torch.empty(tiles, C, dtype=at_least_float32(y.dtype), device=y.device)
-    meta |= dict(TOP_K=plan.top_k, HAS_BIAS=want_dbias, ACC=_accumulator(y), E_PAD=triton.next_power_of_2(num_experts))
-    with launch.on(y.device):
-        _combine_backward_kernel[(tiles,)](
-            dout, y, gates, dgates, partial, plan.order, plan.offsets, C, num_experts, **meta
-        )
-    return dgates, partial if want_dbias else None, meta["BLOCK_M"]
+    chosen.launch(
+        _combine_backward_kernel, (tiles,),
+        dout, y, gates, dgates, partial, plan.order, plan.offsets, C, num_experts,
+        TOP_K=plan.top_k, HAS_BIAS=want_dbias, ACC=accumulator(y.dtype), E_PAD=triton.next_power_of_2(num_experts),
+    )  # fmt: skip
+    return dgates, partial if want_dbias else None, chosen["BLOCK_M"]
 
 
 def _sum_tiles(partial, tile_rows, bias, plan):
     """The gradient of bias (E, cols), from sums over row tiles."""
     out = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     E, cols = out.shape
-    meta = launch.parameters("moe_sum_tiles", out.device)
-    meta |= dict(TILE_ROWS=tile_rows, E_PAD=triton.next_power_of_2(E))
-    with launch.on(out.device):
-        _sum_tiles_kernel[E, triton.cdiv(cols, meta["BLOCK_C"])](partial, out, plan.offsets, cols, E, **meta)
+    chosen = SUM_TILES.parameters(out.device)
+    chosen.launch(
+        _sum_tiles_kernel, (E, triton.cdiv(cols, chosen["BLOCK_C"])), partial, out, plan.offsets, cols, E,
+        TILE_ROWS=tile_rows, E_PAD=triton.next_power_of_2(E),
+    )  # fmt: skip
     return out
-
-
-def _accumulator(tensor):
-    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
 def _contiguous(bias):
@@ -305,7 +319,7 @@ def expert_mlp(x, experts, gates, w1, b1, w2, b2):
 
 
 def audit_cases(arch: str) -> list[AuditCase]:
-    """The launches of this file's kernels on `arch`, a key of launch.TABLE: bf16, 8 experts, top 2."""
+    """The launches of this file's kernels on architecture class `arch`: bf16, 8 experts, top 2."""
     common = dict(TOP_K=2, ACC=tl.float32)
     combine = dict(rows_ptr="*bf16:16", gates_ptr="*bf16:16", slot_rows_ptr="*i32:16", out_ptr="*bf16:16")
     combine |= dict(num_tokens="i32:16", num_cols="i32:16")

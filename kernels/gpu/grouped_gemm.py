@@ -16,8 +16,7 @@ backward of GELU, which writes the hidden gradient, the gated activation for the
 bias sums.
 
 All arithmetic accumulates in float32 (float64 for float64), float32 products are not rounded to TF32, sums run in a
-fixed order, and there are no atomics. Table entries: grouped_gemm, grouped_gemm_dw, and the
-same with _odd.
+fixed order, and there are no atomics.
 
 R rows, N tokens, E experts, K experts per token; depth is the dim that a product sums over, cols the other of a weight.
 """
@@ -29,7 +28,40 @@ import triton.language as tl
 from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import launch
 from heiretsu.kernels.gpu.gelu import gelu, gelu_and_derivative
-from heiretsu.kernels.gpu.launch import AuditCase
+from heiretsu.kernels.gpu.launch import AuditCase, Sizes, Tiles, accumulator, on_every_gpu
+
+# 128x256 with 8 warps is bound by the tensor cores on A100, H100 and MI300X (1.00) and by shared memory on B200 (.67);
+# 128x128 stops at .8 on H100, 256x128 at .89. Nothing spills; A100 and H100 use 166 to 255 registers. Shared KB: A100
+# 80 to 96, H100 and B200 144, MI300X 24 to 32. Sizes or strides that are no multiple of 16 make scalar loads, under
+# which such a tile spills up to 4.8 KB a thread: they have a smaller one ("odd"), which does not (50 to 166 registers),
+# nor does float32's (58 to 128).
+_WIDE = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
+_WIDE_DW = dict(BLOCK_A=128, BLOCK_B=256, BLOCK_R=64, num_warps=8, num_stages=3)
+_INTERPRETED: dict[str, Sizes] = {
+    "interpreter": {None: dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, GROUP_M=2, num_warps=4, num_stages=1)}
+}
+_INTERPRETED_DW: dict[str, Sizes] = {
+    "interpreter": {None: dict(BLOCK_A=16, BLOCK_B=32, BLOCK_R=32, num_warps=4, num_stages=1)}
+}
+TILES = Tiles(
+    "grouped_gemm",
+    on_every_gpu({None: _WIDE}) | {"cdna3": {None: _WIDE | dict(BLOCK_K=32, num_stages=2)}} | _INTERPRETED,
+    fp32=on_every_gpu({None: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=4, num_stages=2)}),
+)
+ODD = Tiles(
+    "grouped_gemm_odd",
+    on_every_gpu({None: dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=2)})
+    | _INTERPRETED,
+)
+DW = Tiles(
+    "grouped_gemm_dw",
+    on_every_gpu({None: _WIDE_DW}) | {"cdna3": {None: _WIDE_DW | dict(BLOCK_R=32, num_stages=2)}} | _INTERPRETED_DW,
+    fp32=on_every_gpu({None: dict(BLOCK_A=64, BLOCK_B=64, BLOCK_R=16, num_warps=4, num_stages=2)}),
+)
+DW_ODD = Tiles(
+    "grouped_gemm_dw_odd",
+    on_every_gpu({None: dict(BLOCK_A=64, BLOCK_B=128, BLOCK_R=32, num_warps=8, num_stages=2)}) | _INTERPRETED_DW,
+)
 
 
 @triton.jit
@@ -243,10 +275,10 @@ def _weight_gradient_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)  # zeros for an expert without rows
 
 
-def _parameters(entry, a, *sizes):
-    """The table's entry; the one for odd shapes where a size or stride of 16-bit operands is no multiple of 16."""
-    odd = a.element_size() == 2 and any(size % 16 for size in (*sizes, *a.stride()) if size != 1)
-    return launch.parameters(f"{entry}_odd" if odd else entry, a.device, itemsize=a.element_size())
+def _parameters(tiles, odd_tiles, a, *sizes):
+    """Of odd_tiles where a size or stride of 16-bit operands is no multiple of 16."""
+    odd = a.itemsize == 2 and any(size % 16 for size in (*sizes, *a.stride()) if size != 1)
+    return (odd_tiles if odd else tiles).parameters(a.device, itemsize=a.itemsize)
 
 
 def row_tile_bound(num_rows: int, num_experts: int, block: int) -> int:
@@ -266,21 +298,20 @@ def grouped_gemm(
     tile; else (None, 0).
     """
     num_rows, (E, depth, cols) = plan.order.numel(), w.shape
-    meta = _parameters("grouped_gemm", a, cols, depth, *w.stride())
-    tiles = row_tile_bound(num_rows, E, meta["BLOCK_M"])
-    accumulator = at_least_float32(a.dtype)
-    dbias = torch.empty(tiles, cols, dtype=accumulator, device=a.device) if want_dbias else None
+    chosen = _parameters(TILES, ODD, a, cols, depth, *w.stride())
+    tiles = row_tile_bound(num_rows, E, chosen["BLOCK_M"])
+    dbias = torch.empty(tiles, cols, dtype=at_least_float32(a.dtype), device=a.device) if want_dbias else None
     unused = act if out is None else out
     if tiles and cols:
-        meta |= dict(TOP_K=plan.top_k, GATHER=gather, EPILOGUE=epilogue, WRITE_OUT=out is not None)
-        meta |= dict(HAS_BIAS=bias is not None or want_dbias, EVEN_K=depth % meta["BLOCK_K"] == 0)
-        meta |= dict(ACC=triton_dtype(accumulator), E_PAD=triton.next_power_of_2(E))
         pointers = (unused if t is None else t for t in (bias, out, act, h, gates, dbias))
-        with launch.on(a.device):
-            _grouped_gemm_kernel[(tiles * triton.cdiv(cols, meta["BLOCK_N"]),)](
-                a, w, *pointers, plan.order, plan.offsets, cols, depth, E, tiles, *a.stride(), *w.stride(), **meta
-            )
-    return dbias, meta["BLOCK_M"]
+        chosen.launch(
+            _grouped_gemm_kernel, (tiles * triton.cdiv(cols, chosen["BLOCK_N"]),),
+            a, w, *pointers, plan.order, plan.offsets, cols, depth, E, tiles, *a.stride(), *w.stride(),
+            TOP_K=plan.top_k, GATHER=gather, EPILOGUE=epilogue, WRITE_OUT=out is not None,
+            HAS_BIAS=bias is not None or want_dbias, EVEN_K=depth % chosen["BLOCK_K"] == 0,
+            ACC=accumulator(a.dtype), E_PAD=triton.next_power_of_2(E),
+        )  # fmt: skip
+    return dbias, chosen["BLOCK_M"]
 
 
 def weight_gradients(a, b, plan, like, *, gather_a=False, gather_b=False):
@@ -289,19 +320,14 @@ def weight_gradients(a, b, plan, like, *, gather_a=False, gather_b=False):
     E, num_a, num_b = out.shape
     if out.numel():
         by_size = plan.offsets.diff().argsort(descending=True, stable=True)
-        meta = _parameters("grouped_gemm_dw", a, num_a, num_b, *b.stride())
-        meta |= dict(TOP_K=plan.top_k, GATHER_A=gather_a, GATHER_B=gather_b)
-        meta["ACC"] = triton_dtype(at_least_float32(a.dtype))
-        grid = (E * triton.cdiv(num_a, meta["BLOCK_A"]) * triton.cdiv(num_b, meta["BLOCK_B"]),)
-        with launch.on(a.device):
-            _weight_gradient_kernel[grid](
-                a, b, out, plan.order, plan.offsets, by_size, num_a, num_b, *a.stride(), *b.stride(), **meta
-            )
+        chosen = _parameters(DW, DW_ODD, a, num_a, num_b, *b.stride())
+        chosen.launch(
+            _weight_gradient_kernel,
+            (E * triton.cdiv(num_a, chosen["BLOCK_A"]) * triton.cdiv(num_b, chosen["BLOCK_B"]),),
+            a, b, out, plan.order, plan.offsets, by_size, num_a, num_b, *a.stride(), *b.stride(),
+            TOP_K=plan.top_k, GATHER_A=gather_a, GATHER_B=gather_b, ACC=accumulator(a.dtype),
+        )  # fmt: skip
     return out
-
-
-def triton_dtype(accumulator: torch.dtype):
-    return tl.float64 if accumulator == torch.float64 else tl.float32
 
 
 # The shape that audits compile for: bf16 activations, float32 master weights and biases.
@@ -309,7 +335,7 @@ AUDIT_TOP_K, AUDIT_EXPERTS, AUDIT_E_PAD = 2, 8, 8
 
 
 def audit_cases(arch: str) -> list[AuditCase]:
-    """The launches of expert_mlp's four grouped GEMMs and two weight gradients on `arch`, a key of launch.TABLE.
+    """The launches of expert_mlp's four grouped GEMMs and two weight gradients on architecture class `arch`.
 
     Also with the other tiles: of sizes and strides that are no multiple of 16, and of float32.
     """

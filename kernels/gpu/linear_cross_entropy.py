@@ -14,10 +14,10 @@ logits and writes
 into a (N, block) buffer in x's dtype, and two GEMMs turn that into the block's rows of dweight and its share of dx.
 
 FLOPs: 2 N V C forward and 6 backward, 8 in all against 6 unfused: the price of not keeping the logits. Memory beyond
-inputs and gradients: 8 bytes for each token and SPLIT_V words, _BUFFER_ELEMENTS of dlogits (bounded whatever N and V),
+inputs and gradients: 8 bytes for each token and SPLIT_V words, BUFFER_ELEMENTS of dlogits (bounded whatever N and V),
 dx in float32, and weight in x's dtype if it has another. No atomics: two runs give the same bits.
 
-N tokens, C hidden, V rows of weight. TABLE entries: linear_cross_entropy_lse, _combine, _dlogits, and _gemm.
+N tokens, C hidden, V rows of weight.
 """
 
 import math
@@ -30,7 +30,55 @@ from heiretsu.kernels import plain
 from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import launch
+from heiretsu.kernels.gpu.launch import Tiles, on_every_gpu
 from heiretsu.kernels.gpu.row_tiles import as_rows
+
+# At bf16, C = 768. Bound on tensor-core use (bytes spilled by a thread, all behind the hot loop): lse, dlogits, dx,
+# dweight. A100 1.0 (24), 1.0 (16), 1.0 (64), 1.0; H100 1.0, 1.0 (8), 1.0, 1.0; B200 .50, .50, .67 (264), .67 (160);
+# MI300X 1.0 each. 128 x 256 tiles, for 128 x 128 are held back by shared memory on H100 (.80); on B200 the two kernels
+# with a long epilogue spill 288 and 104 bytes at 256. float32 has no tensor cores without TF32.
+_BLOCKS = dict(BLOCK_N=128, BLOCK_V=256, BLOCK_C=64, num_warps=8, num_stages=3)
+_SMALL = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_C=16, num_warps=4, num_stages=2)
+_SPLIT = dict(SPLIT_V=2048)
+# dlogits of a block of the vocabulary: 128 MiB in bf16, 8192 words of 8192 tokens
+_BUFFER = dict(BUFFER_ELEMENTS=1 << 26)
+_GEMM = dict(BLOCK_M=128, BLOCK_C=256, BLOCK_K=64, num_warps=8, num_stages=3)
+LSE = Tiles(
+    "linear_cross_entropy_lse",
+    {
+        "ampere": {None: _SPLIT | _BLOCKS},
+        "hopper": {None: _SPLIT | _BLOCKS},
+        "blackwell": {None: _SPLIT | _BLOCKS | dict(BLOCK_V=128, num_warps=4)},
+        "cdna3": {None: _SPLIT | _BLOCKS | dict(BLOCK_V=128, num_stages=2)},
+        "interpreter": {None: dict(SPLIT_V=64, BLOCK_N=32, BLOCK_V=32, BLOCK_C=16, num_warps=4, num_stages=1)},
+    },
+    fp32=on_every_gpu({None: _SPLIT | _SMALL}),
+)
+COMBINE = Tiles(
+    "linear_cross_entropy_combine",
+    on_every_gpu({None: dict(BLOCK_N=128, num_warps=4, num_stages=1)})
+    | {"interpreter": {None: dict(BLOCK_N=32, num_warps=4, num_stages=1)}},
+)
+DLOGITS = Tiles(
+    "linear_cross_entropy_dlogits",
+    {
+        "ampere": {None: _BUFFER | _BLOCKS},
+        "hopper": {None: _BUFFER | _BLOCKS},
+        "blackwell": {None: _BUFFER | _BLOCKS | dict(BLOCK_V=128)},
+        "cdna3": {None: _BUFFER | _BLOCKS | dict(BLOCK_V=128, num_stages=2)},
+        "interpreter": {
+            None: dict(BUFFER_ELEMENTS=4096, BLOCK_N=32, BLOCK_V=64, BLOCK_C=16, num_warps=4, num_stages=1)
+        },
+    },
+    fp32=on_every_gpu({None: _BUFFER | _SMALL}),
+)
+GEMM = Tiles(
+    "linear_cross_entropy_gemm",
+    on_every_gpu({None: _GEMM})
+    | {"cdna3": {None: _GEMM | dict(BLOCK_C=128, num_stages=2)}}
+    | {"interpreter": {None: dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=16, num_warps=4, num_stages=1)}},
+    fp32=on_every_gpu({None: dict(BLOCK_M=64, BLOCK_C=64, BLOCK_K=16, num_warps=4, num_stages=2)}),
+)
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2.0))
@@ -212,55 +260,43 @@ def _gemm(a, b, out, add):
     for wide loads.
     """
     (M, K), C = a.shape, b.shape[1]
-    meta = launch.parameters("linear_cross_entropy_gemm", a.device, itemsize=a.itemsize)
-    grid = (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(C, meta["BLOCK_C"]),)
-    _gemm_kernel[grid](a, b, out, M, K, C, b.shape[0], out.shape[0], *a.stride(), b.stride(0), ADD=add, **meta)
+    chosen = GEMM.parameters(a.device, itemsize=a.itemsize)
+    grid = (triton.cdiv(M, chosen["BLOCK_M"]) * triton.cdiv(C, chosen["BLOCK_C"]),)
+    chosen.launch(
+        _gemm_kernel, grid, a, b, out, M, K, C, b.shape[0], out.shape[0], *a.stride(), b.stride(0), ADD=add
+    )  # fmt: skip
 
 
 def _lse(x, weight, local):
     """lse (N,) and target_logit (N,) of x (N, C), weight (V, C) of one dtype, local (N,)."""
     (N, C), V = x.shape, weight.shape[0]
-    meta = launch.parameters("linear_cross_entropy_lse", x.device, itemsize=x.itemsize)
-    splits = triton.cdiv(V, meta["SPLIT_V"])
+    chosen = LSE.parameters(x.device, itemsize=x.itemsize)
+    splits = triton.cdiv(V, chosen["SPLIT_V"])
     lse, maxima, sums = (x.new_empty(shape, dtype=at_least_float32(x.dtype)) for shape in (N, (splits, N), (splits, N)))
     target_logit = torch.zeros_like(lse)
-    _lse_kernel[(triton.cdiv(N, meta["BLOCK_N"]) * splits,)](
-        x, weight, local, maxima, sums, target_logit, N, V, C, x.stride(0), weight.stride(0), **meta
-    )
-    meta = launch.parameters("linear_cross_entropy_combine", x.device)
-    _combine_kernel[(triton.cdiv(N, meta["BLOCK_N"]),)](maxima, sums, lse, N, splits, **meta)
+    chosen.launch(
+        _lse_kernel, (triton.cdiv(N, chosen["BLOCK_N"]) * splits,),
+        x, weight, local, maxima, sums, target_logit, N, V, C, x.stride(0), weight.stride(0),
+    )  # fmt: skip
+    chosen = COMBINE.parameters(x.device)
+    chosen.launch(_combine_kernel, (triton.cdiv(N, chosen["BLOCK_N"]),), maxima, sums, lse, N, splits)
     return lse, target_logit
 
 
-def _dlogits(x, weight, local, lse, dlse, dtarget, out, meta):
+def _dlogits(x, weight, local, lse, dlse, dtarget, out, chosen):
     """Fill out (N, V or more) with the gradient of the logits x @ weight.T, and with 0 from column V on."""
     (N, C), V = x.shape, weight.shape[0]
-    grid = (triton.cdiv(N, meta["BLOCK_N"]) * triton.cdiv(out.shape[1], meta["BLOCK_V"]),)
-    _dlogits_kernel[grid](
-        x,
-        weight,
-        local,
-        lse,
-        dlse,
-        dtarget,
-        out,
-        N,
-        V,
-        C,
-        out.shape[1],
-        x.stride(0),
-        weight.stride(0),
-        out.stride(0),
-        **meta,
-    )
+    chosen.launch(
+        _dlogits_kernel, (triton.cdiv(N, chosen["BLOCK_N"]) * triton.cdiv(out.shape[1], chosen["BLOCK_V"]),),
+        x, weight, local, lse, dlse, dtarget, out, N, V, C, out.shape[1], x.stride(0), weight.stride(0), out.stride(0),
+    )  # fmt: skip
 
 
 @torch.library.custom_op("heiretsu::linear_cross_entropy", mutates_args=())
 def _forward(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_start: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with launch.on(x.device):
-        return _lse(as_rows(x), as_rows(weight.to(x.dtype)), targets - vocab_start)
+    return _lse(as_rows(x), as_rows(weight.to(x.dtype)), targets - vocab_start)
 
 
 @_forward.register_fake
@@ -285,19 +321,18 @@ def _backward(
     rows, dlse, dtarget = as_rows(x), dlse.contiguous(), dtarget.contiguous()
     dx = x.new_empty(N if need_dx else 0, C, dtype=at_least_float32(x.dtype))
     dweight = weight.new_empty(V if need_dweight else 0, C)
-    meta = launch.parameters("linear_cross_entropy_dlogits", x.device, itemsize=x.itemsize)
+    chosen = DLOGITS.parameters(x.device, itemsize=x.itemsize)
     # Words of a block: as many tiles as the buffer holds, and one at least.
-    block = max(1, meta.pop("BUFFER_ELEMENTS") // (N * meta["BLOCK_V"])) * meta["BLOCK_V"]
+    block = max(1, chosen.pop("BUFFER_ELEMENTS") // (N * chosen["BLOCK_V"])) * chosen["BLOCK_V"]
     buffer = x.new_empty(N, min(block, triton.cdiv(V, 16) * 16))
-    with launch.on(x.device):
-        for start in range(0, V, block):
-            end = min(start + block, V)
-            narrow, dlogits = as_rows(weight[start:end].to(x.dtype)), buffer[:, : triton.cdiv(end - start, 16) * 16]
-            _dlogits(rows, narrow, targets - (vocab_start + start), lse, dlse, dtarget, dlogits, meta)
-            if need_dx:
-                _gemm(dlogits, narrow, dx, add=start > 0)
-            if need_dweight:
-                _gemm(dlogits.T, rows, dweight[start:end], add=False)
+    for start in range(0, V, block):
+        end = min(start + block, V)
+        narrow, dlogits = as_rows(weight[start:end].to(x.dtype)), buffer[:, : triton.cdiv(end - start, 16) * 16]
+        _dlogits(rows, narrow, targets - (vocab_start + start), lse, dlse, dtarget, dlogits, chosen)
+        if need_dx:
+            _gemm(dlogits, narrow, dx, add=start > 0)
+        if need_dweight:
+            _gemm(dlogits.T, rows, dweight[start:end], add=False)
     return dx.to(x.dtype, copy=True), dweight
 
 
@@ -336,7 +371,7 @@ def linear_cross_entropy(x, weight, targets, vocab_start=0):
     return _forward(x, weight, targets, vocab_start)
 
 
-# Bytes that a thread spills outside the hot loop, once a tile. launch.TABLE says what these larger tiles are for.
+# Bytes that a thread spills outside the hot loop, once a tile. The tiles above say what these larger ones are for.
 _SPILLS = {("ampere", "lse"): 24, ("ampere", "dlogits"): 16, ("ampere", "dx"): 64, ("hopper", "dlogits"): 8}
 _SPILLS |= {("blackwell", "dx"): 264, ("blackwell", "dweight"): 160}
 

@@ -3,7 +3,7 @@
 Forward and backward are one pass over (N, E) each; unfused, PyTorch sorts, gathers, normalises and scatters in about
 ten. The backward recomputes the gates from the logits rather than reading them back rounded.
 
-N tokens, E experts, K experts per token. Table entry: route.
+N tokens, E experts, K experts per token.
 """
 
 import torch
@@ -12,7 +12,21 @@ import triton.language as tl
 
 from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.gpu import launch
-from heiretsu.kernels.gpu.launch import AuditCase
+from heiretsu.kernels.gpu.launch import AuditCase, Tiles, accumulator, on_every_gpu
+
+# By the number of experts. Fewer tokens the more experts there are: a program holds whole rows.
+TILES = Tiles(
+    "route",
+    on_every_gpu(
+        {
+            16: dict(BLOCK_N=128, num_warps=4, num_stages=1),
+            64: dict(BLOCK_N=32, num_warps=4, num_stages=1),
+            256: dict(BLOCK_N=8, num_warps=4, num_stages=1),
+            2048: dict(BLOCK_N=1, num_warps=4, num_stages=1),
+        }
+    )
+    | {"interpreter": {None: dict(BLOCK_N=32, num_warps=4, num_stages=1)}},
+)
 
 
 @triton.jit
@@ -95,12 +109,15 @@ def _route_backward_kernel(
     tl.store(dlogits_ptr + n * num_experts + e, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
-def _route_meta(logits, top_k):
+def _launch(kernel, logits, top_k, *tensors):
+    """kernel over the logits (N, E), a block of tokens to a program."""
     N, E = logits.shape
-    meta = launch.parameters("route", logits.device, E)
-    meta |= dict(TOP_K=top_k, K_PAD=triton.next_power_of_2(top_k), E_PAD=triton.next_power_of_2(E))
-    meta["ACC"] = tl.float64 if logits.dtype == torch.float64 else tl.float32
-    return (triton.cdiv(N, meta["BLOCK_N"]),), meta
+    chosen = TILES.parameters(logits.device, E)
+    chosen.launch(
+        kernel, (triton.cdiv(N, chosen["BLOCK_N"]),), logits, *tensors, N, E, *logits.stride(),
+        TOP_K=top_k, K_PAD=triton.next_power_of_2(top_k), E_PAD=triton.next_power_of_2(E),
+        ACC=accumulator(logits.dtype),
+    )  # fmt: skip
 
 
 @torch.library.custom_op("heiretsu::route", mutates_args=())
@@ -109,9 +126,7 @@ def _route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor
     gates = logits.new_empty(N, top_k)
     experts = torch.empty(N, top_k, dtype=torch.int64, device=logits.device)
     if N:
-        grid, meta = _route_meta(logits, top_k)
-        with launch.on(logits.device):
-            _route_kernel[grid](logits, gates, experts, N, E, *logits.stride(), **meta)
+        _launch(_route_kernel, logits, top_k, gates, experts)
     return gates, experts
 
 
@@ -126,9 +141,7 @@ def _route_backward(logits: torch.Tensor, experts: torch.Tensor, dgates: torch.T
     N, E = logits.shape
     dlogits = logits.new_empty(N, E)
     if N:
-        grid, meta = _route_meta(logits, experts.shape[1])
-        with launch.on(logits.device):
-            _route_backward_kernel[grid](logits, experts, dgates.contiguous(), dlogits, N, E, *logits.stride(), **meta)
+        _launch(_route_backward_kernel, logits, experts.shape[1], experts, dgates.contiguous(), dlogits)
     return dlogits
 
 
@@ -162,7 +175,7 @@ def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def audit_cases(arch: str) -> list[AuditCase]:
-    """The launches of route on `arch`, a key of launch.TABLE: 64 experts, top 2, bf16 logits."""
+    """The launches of route on architecture class `arch`: 64 experts, top 2, bf16 logits."""
     logits = dict(logits_ptr="*bf16:16", experts_ptr="*i64:16", num_tokens="i32:16", num_experts="i32:16")
     logits |= dict(stride_n="i32:16")
     gradient = dict(dgates_ptr="*bf16:16", dlogits_ptr="*bf16:16")

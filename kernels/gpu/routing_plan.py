@@ -7,7 +7,7 @@ back to the host. Two launches around one cumulative sum:
     row of slot  = ends[e, b] - counts[e, b] + its rank among the slots of e in its block
 Integer arithmetic in a fixed order: the plan does not depend on who runs when.
 
-N tokens, E experts, K experts per token. Table entry: routing_plan.
+N tokens, E experts, K experts per token.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,21 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels.gpu import launch
-from heiretsu.kernels.gpu.launch import AuditCase
+from heiretsu.kernels.gpu.launch import AuditCase, Tiles, on_every_gpu
+
+# By the number of experts and one: a program holds a one-hot row for each of its slots.
+TILES = Tiles(
+    "routing_plan",
+    on_every_gpu(
+        {
+            16: dict(BLOCK=256, num_warps=4, num_stages=1),
+            64: dict(BLOCK=128, num_warps=4, num_stages=1),
+            256: dict(BLOCK=32, num_warps=4, num_stages=1),
+            2048: dict(BLOCK=8, num_warps=4, num_stages=1),
+        }
+    )
+    | {"interpreter": {None: dict(BLOCK=64, num_warps=4, num_stages=1)}},
+)
 
 
 class RoutingPlan(NamedTuple):
@@ -96,23 +110,22 @@ def make_plan(experts: torch.Tensor, num_experts: int) -> RoutingPlan:
     """The plan for experts (N, K), N * K > 0."""
     experts = experts.contiguous()
     device, num_slots = experts.device, experts.numel()
-    meta = launch.parameters("routing_plan", device, num_experts + 1)
-    num_blocks = triton.cdiv(num_slots, meta["BLOCK"])
+    chosen = TILES.parameters(device, num_experts + 1)
+    num_blocks = triton.cdiv(num_slots, chosen["BLOCK"])
     int32: dict = dict(dtype=torch.int32, device=device)
     counts = torch.empty(num_experts + 1, num_blocks, **int32)
     plan = RoutingPlan(
         torch.empty(num_slots, **int32), torch.empty(experts.shape, **int32), torch.empty(num_experts + 1, **int32)
     )
-    meta["E_PAD"] = triton.next_power_of_2(num_experts + 1)
-    with launch.on(device):
-        _count_kernel[(num_blocks,)](experts, counts, num_slots, num_experts, num_blocks, **meta)
-        ends = counts.flatten().cumsum(0, dtype=torch.int32)
-        _place_kernel[(num_blocks,)](experts, counts, ends, *plan, num_slots, num_experts, num_blocks, **meta)
+    grid, sizes, E_PAD = (num_blocks,), (num_slots, num_experts, num_blocks), triton.next_power_of_2(num_experts + 1)
+    chosen.launch(_count_kernel, grid, experts, counts, *sizes, E_PAD=E_PAD)
+    ends = counts.flatten().cumsum(0, dtype=torch.int32)
+    chosen.launch(_place_kernel, grid, experts, counts, ends, *plan, *sizes, E_PAD=E_PAD)
     return plan
 
 
 def audit_cases(arch: str) -> list[AuditCase]:
-    """The launches of make_plan on `arch`, a key of launch.TABLE: 64 experts."""
+    """The launches of make_plan on architecture class `arch`: 64 experts."""
     slots = dict(experts_ptr="*i64:16", counts_ptr="*i32:16", num_slots="i32:16", num_experts="i32:16")
     slots |= dict(num_blocks="i32:16")
     place = dict(ends_ptr="*i32:16", order_ptr="*i32:16", slot_rows_ptr="*i32:16", offsets_ptr="*i32:16")

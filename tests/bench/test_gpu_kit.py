@@ -20,6 +20,7 @@ import triton
 
 from heiretsu.bench.gpu_kit import proof, right, shipped
 from heiretsu.kernels.gpu import launch
+from heiretsu.kernels.recording import recording
 from heiretsu.offgpu.audit import runner as audit_runner
 from heiretsu.offgpu.emulator import installed
 from heiretsu.offgpu.machines import MACHINES
@@ -234,11 +235,11 @@ def test_the_cases_launch_every_configuration_that_ships_and_only_kernels_that_a
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda self, *args, **kwargs: launched.add(self))
     table = MACHINES[arch].kernel_class
     monkeypatch.setattr(launch, "architecture", lambda device: table)
-    with installed(), launch.observed() as entries:
+    with installed(), recording() as record:
         for case in shipped.cases(table):
             for dtype in case.dtypes:
                 run(case, dtype, proof.forms.triton_form(case.op))
-    assert {shipped.title(entry) for entry in entries} == set(shipped.every_title(table))
+    assert {shipped.title(entry) for entry in record.entries} == set(shipped.every_title(table))
     audited = {
         case.fn for source in audit_runner.kernel_modules() for case in audit_runner.cases(source, arch).values()
     }

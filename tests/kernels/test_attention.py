@@ -12,6 +12,7 @@ from heiretsu.kernels import fused, plain
 from heiretsu.kernels.cpu import attention as cpu_attention
 from heiretsu.kernels.cpu.random import BlockPhilox
 from heiretsu.kernels.random import philox
+from heiretsu.kernels.recording import recording
 from tests.kernels import forms
 
 if forms.HAS_TRITON:
@@ -171,17 +172,18 @@ def test_every_head_dim_has_launch_parameters(arch):
     for kernel in ("attention_forward", "attention_delta", "attention_dkdv", "attention_dq"):
         for D in (1, 64, 65, 256):
             for itemsize in (2, 4):
-                assert {"BLOCK_M", "num_warps", "num_stages"} <= launch.lookup(kernel, arch, D, itemsize).keys()
+                entry = launch.tiles_named(kernel).find(arch, D, itemsize)
+                assert {"BLOCK_M", "num_warps", "num_stages"} <= entry.parameters.keys()
 
 
 @pytest.mark.triton
 def test_launches_with_dropout_ask_for_its_entries(monkeypatch):
     device = torch.device(forms.TRITON_DEVICE)
-    table = launch.TABLE[launch.architecture(device)]
     kernels = ("attention_forward", "attention_dkdv", "attention_dq")
     for kernel in kernels:
-        monkeypatch.setitem(table, f"{kernel}/dropout", table[kernel])
+        rows = launch.tiles_named(kernel).rows
+        monkeypatch.setitem(rows, f"{kernel}/dropout", rows[kernel])
     for dropout_p, suffix in ((0.0, ""), (0.1, "/dropout")):
-        with launch.observed() as entries:
+        with recording() as record:
             triton_attention.attention(*qkv(device=device, dtype=torch.float16), dropout_p=dropout_p).sum().backward()
-        assert {entry.row for entry in entries} == {"attention_delta", *(kernel + suffix for kernel in kernels)}
+        assert {entry.row for entry in record.entries} == {"attention_delta", *(kernel + suffix for kernel in kernels)}

@@ -1,5 +1,6 @@
 """autotune with a clock of ours, on the emulator: a kernel of the table for real, the rest with a table of ours."""
 
+import copy
 import json
 import time
 
@@ -8,6 +9,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from heiretsu.kernels.control import CONTROL
 from heiretsu.kernels.gpu import autotune, autotune_cache, bias_gelu, launch
 from heiretsu.offgpu.emulator import installed
 
@@ -27,15 +29,29 @@ CANDIDATES = [
     dict(BLOCK=64, ROWS=8, num_warps=16, num_stages=2),
 ]
 AMPERES, ONE_STAGE, THREE_STAGES, FOUR_WARPS, SIXTEEN_WARPS = CANDIDATES[1:]
-TOY, OTHER = launch.Entry("hopper", "toy", 64), launch.Entry("hopper", "other", 64)
+TOYS = launch.Tiles("toy", {arch: {64: found, 128: found | {"BLOCK": 8}} for arch, found in TABLE.items()})
+OTHERS = launch.Tiles("other", {arch: {64: dict(num_warps=4, num_stages=1)} for arch in TABLE})
+TOY, OTHER = TOYS.find("hopper", 64), OTHERS.find("hopper", 64)
+
+
+class Kernel:
+    """A kernel whose launch does nothing."""
+
+    def __init__(self, fn):
+        self.fn = fn
+
+    def __getitem__(self, grid):
+        return lambda **parameters: None
+
+
+TOY_KERNEL, OTHER_KERNEL = Kernel(lambda BLOCK, ROWS: None), Kernel(lambda: None)
 
 
 @pytest.fixture(autouse=True)
 def an_h100_with_two_toy_kernels(monkeypatch):
-    monkeypatch.setattr(launch, "CHOSEN", {})
-    for arch, parameters in TABLE.items():
-        monkeypatch.setitem(launch.TABLE[arch], "toy", {64: parameters, 128: parameters | {"BLOCK": 8}})
-        monkeypatch.setitem(launch.TABLE[arch], "other", {64: dict(num_warps=4, num_stages=1)})
+    monkeypatch.setattr(CONTROL, "chosen", {})
+    for tiles in (TOYS, OTHERS):  # a test may change them
+        monkeypatch.setattr(tiles, "rows", copy.deepcopy(tiles.rows))
     with installed(target=90):
         yield
 
@@ -52,14 +68,16 @@ class Toy:
 
     def prepare(self):
         def run():
-            launch.parameters("other", CPU, 50)
-            return {"y": self.result(launch.parameters("toy", CPU, 50))}
+            launched = TOYS.parameters(CPU, 50)
+            OTHERS.parameters(CPU, 50).launch(OTHER_KERNEL, (1,))
+            launched.launch(TOY_KERNEL, (1,))
+            return {"y": self.result(launched)}
 
         return run
 
     def clock(self, run):
         run()
-        self.timed.append(launch.parameters("toy", CPU, 50))
+        self.timed.append(TOYS.parameters(CPU, 50))
         return next((ms for parameters, ms in self.costs if parameters == self.timed[-1]), 1.0)
 
     def tune(self, name="toy 5", **options):
@@ -83,32 +101,31 @@ def test_candidates_are_the_tables_then_other_classes_then_neighbours():
 
 
 def test_candidates_have_a_stage_at_least_and_4_to_16_warps(monkeypatch):
-    monkeypatch.setitem(launch.TABLE["hopper"], "toy", {64: dict(BLOCK=64, ROWS=8, num_warps=16, num_stages=1)})
+    monkeypatch.setitem(TOYS.rows["toy"]["hopper"], 64, dict(BLOCK=64, ROWS=8, num_warps=16, num_stages=1))
     found = {(p["BLOCK"], p["num_warps"], p["num_stages"]) for p in autotune.candidates(TOY)}
     assert found == {(64, 16, 1), (32, 4, 3), (64, 16, 2), (64, 8, 1)}
 
 
 def test_every_entry_of_the_table_has_few_candidates_that_keep_what_must_be_kept():
     for arch in ("ampere", "hopper", "blackwell", "cdna3"):
-        for row, sizes in launch.TABLE[arch].items():
-            for size, table in sizes.items():
-                found = autotune.candidates(launch.Entry(arch, row, size))
-                assert found[0] == table and 2 <= len(found) <= 7
-                assert all(a != b for i, a in enumerate(found) for b in found[:i])
-                for parameters in found:
-                    assert parameters.keys() == table.keys()
-                    assert {name: parameters.get(name) for name in autotune.FIXED} == {
-                        name: table.get(name) for name in autotune.FIXED
-                    }
+        for entry in launch.every_entry(arch):
+            table, found = entry.parameters, autotune.candidates(entry)
+            assert found[0] == table and 2 <= len(found) <= 7
+            assert all(a != b for i, a in enumerate(found) for b in found[:i])
+            for parameters in found:
+                assert parameters.keys() == table.keys()
+                assert {name: parameters.get(name) for name in autotune.FIXED} == {
+                    name: table.get(name) for name in autotune.FIXED
+                }
 
 
 def test_the_fastest_is_chosen_said_and_launched(toy):
     toy.costs = [(AMPERES, 0.8), (FOUR_WARPS, 0.5)]
-    launch.CHOSEN[launch.Entry("hopper", "toy", 128)] = SIXTEEN_WARPS  # by an earlier call: gone
+    CONTROL.chosen[TOYS.find("hopper", 128)] = SIXTEEN_WARPS  # by an earlier call: gone
     chosen = toy.tune()
-    assert chosen == launch.CHOSEN == {OTHER: dict(num_warps=4, num_stages=1), TOY: FOUR_WARPS}
-    assert launch.parameters("toy", CPU, 50) == launch.parameters("toy", CPU, 64) == FOUR_WARPS
-    assert launch.parameters("toy", CPU, 65)["BLOCK"] == 8  # another size, another entry
+    assert chosen == CONTROL.chosen == {OTHER: dict(num_warps=4, num_stages=1), TOY: FOUR_WARPS}
+    assert TOYS.parameters(CPU, 50) == TOYS.parameters(CPU, 64) == FOUR_WARPS
+    assert TOYS.parameters(CPU, 65)["BLOCK"] == 8  # another size, another entry
     assert "measuring 2 kernels with 8 candidates" in toy.said[0] and str(toy.path) in toy.said[0]
     assert toy.verdict.endswith("6 candidates, 1.000 -> 0.500 ms with num_warps 8 -> 4")
     assert toy.timed[-8:] == [*CANDIDATES, FOUR_WARPS, CANDIDATES[0]]  # the winner and the table's once more
@@ -187,17 +204,17 @@ def test_override_wins_over_what_was_chosen(toy):
     toy.costs = [(FOUR_WARPS, 0.5)]
     toy.tune()
     with launch.override(num_stages=5, num_warps=2, NO_SUCH=1):
-        assert launch.parameters("toy", CPU, 50) == FOUR_WARPS | dict(num_stages=5, num_warps=2)
-    assert launch.lookup("toy", "hopper", 50) == CANDIDATES[0]  # what the audit compiles
+        assert TOYS.parameters(CPU, 50) == FOUR_WARPS | dict(num_stages=5, num_warps=2)
+    assert TOYS.find("hopper", 50).parameters == CANDIDATES[0]  # what the audit compiles
 
 
 def test_the_choice_is_kept_on_disk_and_taken_without_measuring(toy):
     toy.costs = [(FOUR_WARPS, 0.5)]
     first = toy.tune()
-    launch.CHOSEN.clear()
+    CONTROL.chosen.clear()
     toy.said.clear()
     assert toy.tune(clock=lambda run: pytest.fail("measured again")) == first
-    assert launch.parameters("toy", CPU, 50) == FOUR_WARPS
+    assert TOYS.parameters(CPU, 50) == FOUR_WARPS
     assert toy.said == [
         f"autotune: 2 kernels as measured before, in {toy.path}; toy (size to 64) with num_warps 8 -> 4"
     ]
@@ -214,11 +231,11 @@ def test_another_shape_is_measured_by_itself_and_both_are_kept(toy):
 
 
 def change_table(monkeypatch, tmp_path):
-    monkeypatch.setitem(launch.TABLE["hopper"]["toy"], 64, CANDIDATES[0] | {"BLOCK": 96})
+    monkeypatch.setitem(TOYS.rows["toy"]["hopper"], 64, CANDIDATES[0] | {"BLOCK": 96})
 
 
 def change_relative(monkeypatch, tmp_path):
-    monkeypatch.setitem(launch.TABLE["ampere"]["toy"], 64, CANDIDATES[1] | {"BLOCK": 96})
+    monkeypatch.setitem(TOYS.rows["toy"]["ampere"], 64, CANDIDATES[1] | {"BLOCK": 96})
 
 
 def change_kernels(monkeypatch, tmp_path):
@@ -236,7 +253,7 @@ def test_a_change_makes_what_was_measured_before_void(toy, monkeypatch, tmp_path
     assert toy.tune()[TOY] == FOUR_WARPS
     change(monkeypatch, tmp_path)
     toy.costs = []
-    assert toy.tune()[TOY] == launch.lookup("toy", "hopper", 50)
+    assert toy.tune()[TOY] == TOYS.find("hopper", 50).parameters
     assert "as measured before" not in toy.said[-1] and toy.verdict
 
 
@@ -267,7 +284,7 @@ def test_time_is_bounded_and_the_next_run_goes_on(toy, monkeypatch):
 
     chosen = toy.tune(clock=clock, seconds=4.5)  # two for the first kernel, three for the second
     assert chosen == {OTHER: dict(num_warps=4, num_stages=1)}
-    assert launch.parameters("toy", CPU, 50) == CANDIDATES[0]
+    assert TOYS.parameters(CPU, 50) == CANDIDATES[0]
     assert toy.timed[2:] == CANDIDATES[:3]
     assert toy.said[-1].startswith("autotune: out of time; the table's parameters stay for 1 kernel, ")
     assert toy.tune(clock=clock)[TOY] == FOUR_WARPS

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heiretsu.kernels import plain
+from heiretsu.kernels.recording import recording
 from tests.kernels import forms
 
 triton_only = pytest.mark.triton
@@ -161,16 +162,10 @@ def test_pre_activations_are_kept_only_for_a_backward(triton_device):
         (torch.float32, 24, "grouped_gemm"),
     ],
 )
-def test_odd_sizes_of_16_bit_take_the_tile_that_does_not_spill(monkeypatch, triton_device, dtype, F, entry):
-    asked, parameters = set(), launch.parameters
-
-    def record(kernel, *args, **kwargs):
-        asked.add(kernel)
-        return parameters(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(launch, "parameters", record)
-    with torch.no_grad():
+def test_odd_sizes_of_16_bit_take_the_tile_that_does_not_spill(triton_device, dtype, F, entry):
+    with torch.no_grad(), recording() as record:
         expert_mlp(*arguments(C=16, F=F, dtype=dtype, device=triton_device))
+    asked = {launched.tiles.name for launched in record.entries}
     assert {name for name in asked if name.startswith("grouped_gemm")} == {entry}
 
 
@@ -266,6 +261,7 @@ def test_second_backward_is_an_error_not_a_wrong_number(triton_device):
 def test_every_architecture_routes_up_to_2048_experts():
     for arch in ("ampere", "hopper", "blackwell", "cdna3"):
         for kernel in ("route", "routing_plan"):
-            assert launch.lookup(kernel, arch, 2048)["num_warps"] == 4
+            tiles = launch.tiles_named(kernel)
+            assert tiles.find(arch, 2048).parameters["num_warps"] == 4
             with pytest.raises(ValueError, match="2049 is larger than 2048"):
-                launch.lookup(kernel, arch, 2049)
+                tiles.find(arch, 2049)

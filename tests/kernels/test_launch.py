@@ -1,4 +1,4 @@
-"""The launch table: which entry a launch takes, and overrides."""
+"""Tiles: which entry a launch takes, and overrides."""
 
 import threading
 
@@ -15,22 +15,25 @@ def test_override_holds_on_the_threads_in_which_autograd_runs_a_backward(monkeyp
     monkeypatch.setattr(launch, "architecture", lambda device: "hopper")
     found = []
 
+    tiles = launch.tiles_named("dropout")
+
     def ask():
-        found.append(launch.parameters("dropout", torch.device("cpu")))
+        found.append(tiles.parameters(torch.device("cpu")))
 
     with launch.override(num_warps=2), launch.override(BLOCK_N=1):
         thread = threading.Thread(target=ask)
         thread.start()
         thread.join()
     ask()
-    table = launch.lookup("dropout", "hopper")
+    table = tiles.find("hopper").parameters
     assert found == [table | {"num_warps": 2, "BLOCK_N": 1}, table]
 
 
 def test_dropout_takes_an_entry_of_its_own_where_the_table_has_one():
     """Once it took the tiles made for none, which spill: 2.4 KB a thread in the forward on B200."""
-    own = launch.TABLE["hopper"]["attention_forward/dropout"]
-    assert launch.lookup("attention_forward", "hopper", 64, dropout=True) == own[64]
-    assert launch.lookup("attention_forward", "hopper", 64) != own[64]
-    assert launch.find("attention_forward", "hopper", 64, itemsize=4, dropout=True).row == "attention_forward/fp32"
-    assert launch.find("attention_delta", "hopper", 64, dropout=True).row == "attention_delta"
+    forward, delta = map(launch.tiles_named, ("attention_forward", "attention_delta"))
+    own = forward.rows["attention_forward/dropout"]["hopper"]
+    assert forward.find("hopper", 64, dropout=True).parameters == own[64]
+    assert forward.find("hopper", 64).parameters != own[64]
+    assert forward.find("hopper", 64, itemsize=4, dropout=True).row == "attention_forward/fp32"
+    assert delta.find("hopper", 64, dropout=True).row == "attention_delta"
