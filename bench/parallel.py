@@ -33,9 +33,10 @@ import torch.distributed as dist
 from heiretsu.bench import network, tables
 from heiretsu.bench.wire import BytesSent, waiting
 from heiretsu.kernels import plain
+from heiretsu.parallel.data import GradientAverager
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import make_mesh, process_groups
-from heiretsu.parallel.pipeline import Microbatch
+from heiretsu.parallel.pipeline import Context, Microbatch
 from heiretsu.run.building import build_engine
 from heiretsu.run.interfaces import use_interface
 from heiretsu.run.options import RunConfig, parse_args
@@ -118,14 +119,16 @@ def on_mesh(flags: argparse.Namespace, axis: str) -> dict:
     config = config_of(flags, axis)
     mesh = make_mesh(config.dp, config.ep, config.pp, config.tp)
     engine = build_engine(config, mesh, plain)
-    engine.averager = type(engine.averager)(engine.params, engine.table, 1000 * flags.bucket_kb)
+    engine.updater.averager = GradientAverager(engine.params, engine.table, 1000 * flags.bucket_kb)
     generator = torch.Generator().manual_seed(mesh.replica.index)
     tokens = torch.randint(
         config.model.vocab_size,
         (config.grad_accum_steps, config.batch_size, config.model.block_size + 1),
         generator=generator,
     )
-    batches = [Microbatch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), i) for i, x in enumerate(tokens)]
+    batches = [
+        Microbatch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), Context(first_sample=i)) for i, x in enumerate(tokens)
+    ]
     for _ in range(WARMUP_STEPS):
         engine.step(batches)
     counted = [counted_step(engine, batches) for _ in range(COUNTED_STEPS)]
@@ -159,7 +162,7 @@ def counted_step(engine: Engine, batches: list[Microbatch]) -> dict:
     """Bytes of one step: that our collectives ask to send, that the interface sent, and for dp what share of it had
     left by the end of the backward pass."""
     marks: dict[str, int] = {}
-    finish = engine.averager.finish
+    finish = engine.updater.averager.finish
 
     def finish_marked():
         marks["backward_ended"] = sent_by_interface()
@@ -168,7 +171,7 @@ def counted_step(engine: Engine, batches: list[Microbatch]) -> dict:
     dist.barrier()
     time.sleep(SETTLING_S)
     before = sent_by_interface()
-    with patch.object(engine.averager, "finish", finish_marked), BytesSent() as counted:
+    with patch.object(engine.updater.averager, "finish", finish_marked), BytesSent() as counted:
         engine.step(batches)
     time.sleep(SETTLING_S)
     after = sent_by_interface()

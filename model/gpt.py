@@ -15,7 +15,8 @@ from heiretsu.model.copying import HoldsOps
 from heiretsu.model.moe import MoE
 from heiretsu.model.seeding import fold
 from heiretsu.parallel.mesh import REPLICAS, Mesh
-from heiretsu.parallel.pipeline import Microbatch, StageOutput
+from heiretsu.parallel.metrics import Metric
+from heiretsu.parallel.pipeline import Context, Microbatch, Stage, StageOutput
 from heiretsu.parallel.placement import Spec, declare
 from heiretsu.parallel.profiling import region
 from heiretsu.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -81,30 +82,35 @@ class Block(HoldsOps):
         self.ln_2 = LayerNorm(mesh, config.n_embed, ops, dtype)
         self.mlp = (MoE if config.is_moe(layer) else MLP)(mesh, config, ops, residual_std, dtype)
 
-    def forward(self, x: torch.Tensor, step: int, first_sample: int):
+    def forward(self, x: torch.Tensor, context: Context):
         """x: (B, T, C). Returns x (B, T, C), and (balance loss, tokens per expert) where the MLP is a mixture."""
-        attended = self.attn(self.ln_1(x), self._seed(step, "attention"), first_sample)
-        normed, x = self.ln_2(self._drop(attended, step, "attention output", first_sample), residual=x)
+        attended = self.attn(self.ln_1(x), self._seed(context, "attention"), context.first_sample)
+        normed, x = self.ln_2(self._drop(attended, context, "attention output"), residual=x)
         out, routing = self.mlp(normed), None
         if self.config.is_moe(self.layer):
             out, *routing = out
-        return x + self._drop(out, step, "mlp output", first_sample), routing
+        return x + self._drop(out, context, "mlp output"), routing
 
     @property
     def _drops(self) -> bool:
         return self.training and self.config.dropout > 0.0
 
-    def _seed(self, step: int, site: str) -> int:
-        return fold(self.seed, step, self.layer, site) if self._drops else 0
+    def _seed(self, context: Context, site: str) -> int:
+        return fold(self.seed, context.step, self.layer, site) if self._drops else 0
 
-    def _drop(self, x, step, site, first_sample):
-        return self.ops.dropout(x, self.config.dropout, self._seed(step, site), first_sample) if self._drops else x
+    def _drop(self, x: torch.Tensor, context: Context, site: str) -> torch.Tensor:
+        if not self._drops:
+            return x
+        return self.ops.dropout(x, self.config.dropout, self._seed(context, site), context.first_sample)
 
 
-class GPT(HoldsOps):
+class GPT(HoldsOps, Stage):
     """Layers `layers` of the model, with the embedding below if the first is among them and the head above if the last.
 
     dtype: of the parameters. compute_dtype: of the activations; matrix products are done in it. seed: of dropout.
+
+    metrics: loss is the mean cross-entropy, in nats; aux_loss the balance loss, unweighted, mean over the mixture
+    layers; expert_load (mixture layers, E) the tokens of each expert, for models that have any.
     """
 
     def __init__(
@@ -120,7 +126,10 @@ class GPT(HoldsOps):
         super().__init__(ops)
         layers = range(config.n_layer) if layers is None else layers
         self.config, self.seed = config, seed
-        self.compute_dtype = compute_dtype or dtype
+        self.hidden_dtype = compute_dtype or dtype  # of all activations
+        self.metrics = {"loss": Metric(), "aux_loss": Metric()}
+        if config.moe_layers:
+            self.metrics["expert_load"] = Metric((len(config.moe_layers), config.num_experts), "sum")
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.n_layer
         if self.is_first or self.is_last:  # one tensor, tied: embedding below, head above
             V = config.vocab_size, config.padded_vocab_size
@@ -131,46 +140,44 @@ class GPT(HoldsOps):
         if self.is_last:
             self.ln_f = LayerNorm(mesh, config.n_embed, ops, dtype)
 
+    def hidden_shape(self, batch: Microbatch) -> tuple[int, ...]:
+        return (*batch.inputs.shape, self.config.n_embed)
+
     def forward(self, hidden: torch.Tensor | None, batch: Microbatch) -> StageOutput:
         """hidden: (B, T, C) from the stage before, None on the first. See StageOutput for what comes out."""
         x = self.embed(batch) if self.is_first else hidden
-        x, aux_loss, load = self.run_blocks(x, batch.step, batch.first_sample)
-        objective = self.config.aux_loss_coef * aux_loss
+        x, metrics = self.run_blocks(x, batch.context)
+        objective = self.config.aux_loss_coef * metrics["aux_loss"]
         if not self.is_last:
-            return StageOutput(x, objective, None, aux_loss, load)
+            return StageOutput(x, objective, metrics)
         with region("head"):
             normed = self.ln_f(x).flatten(0, 1)
             loss = self.wte.cross_entropy(normed, batch.targets.flatten(), self.ops).mean()
-        return StageOutput(None, objective + loss, loss, aux_loss, load)
+        return StageOutput(None, objective + loss, {"loss": loss, **metrics})
 
-    def run_blocks(self, x: torch.Tensor, step: int, first_sample: int):
-        """x: (B, T, C). Returns x, the mean balance loss of these layers, and the tokens of each expert."""
-        aux_loss, load = torch.zeros((), dtype=self._loss_dtype, device=x.device), self._no_load(x.device)
+    def run_blocks(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """x: (B, T, C). Returns x, and what these layers have of the balance loss and of the tokens of each expert."""
+        wide = torch.float64 if self.hidden_dtype == torch.float64 else torch.float32
+        metrics = {"aux_loss": torch.zeros((), dtype=wide, device=x.device)}
         for name, block in self.blocks.items():
-            x, routing = block(x, step, first_sample)
+            x, routing = block(x, context)
             if routing is not None:
-                aux_loss = aux_loss + routing[0].to(aux_loss.dtype) / len(self.config.moe_layers)
-                load[self.config.moe_layers.index(int(name))] = routing[1]
-        return x, aux_loss, load
+                balance, tokens = routing
+                metrics["aux_loss"] = metrics["aux_loss"] + balance.to(wide) / len(self.config.moe_layers)
+                load = metrics.setdefault("expert_load", tokens.new_zeros(self.metrics["expert_load"].shape))
+                load[self.config.moe_layers.index(int(name))] = tokens
+        return x, metrics
 
     def next_token_logits(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: (B, T) int64. Returns (B, V), the logits of what follows. Needs the whole model on one device."""
-        x, _, _ = self.run_blocks(self.embed(Microbatch(ids, ids)), 0, 0)
+        x, _ = self.run_blocks(self.embed(Microbatch(ids, ids)), Context())
         return self.ln_f(x[:, -1]) @ self.wte.weight[: self.config.vocab_size].to(x.dtype).T
 
-    def _no_load(self, device) -> torch.Tensor | None:
-        layers = len(self.config.moe_layers)
-        return torch.zeros(layers, self.config.num_experts, dtype=torch.long, device=device) if layers else None
-
-    @property
-    def _loss_dtype(self) -> torch.dtype:
-        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
-
     def embed(self, batch: Microbatch) -> torch.Tensor:
-        x = self.wte(batch.inputs, self.compute_dtype) + self.wpe(batch.inputs.shape[1], self.compute_dtype)
+        x = self.wte(batch.inputs, self.hidden_dtype) + self.wpe(batch.inputs.shape[1], self.hidden_dtype)
         if self.training and self.config.dropout > 0.0:
-            seed = fold(self.seed, batch.step, "embedding")
-            x = self.ops.dropout(x, self.config.dropout, seed, batch.first_sample)
+            seed = fold(self.seed, batch.context.step, "embedding")
+            x = self.ops.dropout(x, self.config.dropout, seed, batch.context.first_sample)
         return x
 
 

@@ -1,8 +1,8 @@
 """Checkpoints that any topology can resume: torch.distributed.checkpoint, with shards as the placement table has them.
 
-Each local piece is wrapped as a DTensor of its whole parameter, so that what is stored is the parameter, whatever the
-mesh that wrote it. This page knows the engine; checkpoint_seal.py knows what makes a checkpoint whole, and
-checkpoint_folder.py where it lies.
+A checkpoint is a set of pieces, by name, and of facts, in run.json. Each piece is wrapped as a DTensor of the whole
+tensor, so that what is stored is that, whatever the mesh that wrote it. Whose pieces they are is not known here;
+checkpoint_seal.py knows what makes a checkpoint whole, and checkpoint_folder.py where it lies.
 
 How a save comes about: every rank writes its file into the hidden folder and hashes it; rank 0, which
 torch.distributed.checkpoint tells when all have, writes .metadata, run.json and then checksums.json, renames the folder
@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,56 +32,52 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from heiretsu.parallel.checkpoint_folder import PART, beside, complete, path_of, publish, rotate
-from heiretsu.parallel.checkpoint_seal import FORMAT, brief, fingerprint, read_run, seal, verify, write_json
-from heiretsu.parallel.engine import Engine
-from heiretsu.parallel.mesh import Mesh
-from heiretsu.parallel.optimizer import LossScaler
+from heiretsu.parallel.checkpoint_seal import FORMAT, brief, fingerprint, read_run, seal, write_json
+from heiretsu.parallel.mesh import WITHIN_STAGE
+from heiretsu.parallel.placement import Piece, Placement
 
-__all__ = ["Copies", "SaveError", "Saving", "complete", "load", "load_parameters", "read_run", "save", "start"]
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_MAY_CHANGE = ("dropout", "aux_loss_coef")  # of a model whose parameters stay what they are
+__all__ = ["Copies", "SaveError", "Saving", "complete", "read", "read_run", "save", "start", "stored_shapes"]
 
 
 class SaveError(RuntimeError):
     """A save that came to nothing; in one line, with the rank that it failed on. What was there before is untouched."""
 
 
-def save(directory: str | os.PathLike, step: int, engine: Engine, config: dict, keep: int, **facts: Any) -> Path:
-    """Save parameters, optimizer, scaler and counters after `step` steps. All ranks call it, on one file system.
+def save(
+    directory: str | os.PathLike, step: int, pieces: Mapping[str, Piece], facts: Mapping[str, Any], keep: int
+) -> Path:
+    """Save this rank's pieces, as they are after `step` steps. All ranks call it, on one file system.
 
-    config: of the run, JSON; "model" in it is what a resumed run must have too. keep: older checkpoints beyond so many
-    are deleted, once the new one is in place. facts: whatever else run.json is to hold. Returns its path. Raises
-    SaveError, on every rank alike.
+    facts: for run.json, besides step and format; what must be among them, `read_run` checks. keep: older checkpoints
+    beyond so many are deleted, once the new one is in place. Returns its path. Raises SaveError, on every rank alike.
     """
-    writer = _Writer(directory, keep, _describe(step, engine, config, facts))
+    writer = _Writer(directory, keep, {"format": FORMAT, "step": step, **facts})
     with _quiet(), writer.or_nothing():
-        dcp.save(_tensors(engine), storage_writer=writer)
+        dcp.save(_wrapped(pieces), storage_writer=writer)
     return writer.final
 
 
 def start(
     directory: str | os.PathLike,
     step: int,
-    engine: Engine,
-    config: dict,
+    pieces: Mapping[str, Piece],
+    facts: Mapping[str, Any],
     keep: int,
     group: dist.ProcessGroup | None,
     copies: Copies,
     by_first: bool = False,
-    **facts: Any,
 ) -> Saving:
     """The same in the background: returns once the state is copied, and training may go on.
 
     group: of all ranks, on the CPU, and for nothing but this. copies: in use until the save is done, so that only one
     can be on its way. by_first: of the ranks that hold the same piece, the first writes it, and not each a share.
     """
-    writer = _Writer(directory, keep, _describe(step, engine, config, facts))
+    writer = _Writer(directory, keep, {"format": FORMAT, "step": step, **facts})
     writer.per_thread_copy_ahead = 0  # nothing is on the GPU any more
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said by the thread of a single process
     with _quiet():
         future = dcp.async_save(
-            _tensors(engine),
+            _wrapped(pieces),
             storage_writer=writer,
             planner=dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=by_first),
             process_group=group,
@@ -142,51 +139,15 @@ class Copies(AsyncStager):
         """Nothing to end."""
 
 
-def load(path: str | os.PathLike, engine: Engine, config: dict, verified: bool = False) -> int:
-    """Restore what `save` stored, on any mesh. Returns the number of steps that were done. All ranks call it.
+def read(path: str | os.PathLike, pieces: Mapping[str, Piece]) -> None:
+    """Write what is stored under their names into the pieces. All ranks call it, whatever the mesh that saved.
 
-    verified: `verify` has passed it just now. Raises ValueError, in one line, for a torn or damaged checkpoint, another
-    format or another model.
+    ValueError on every rank alike, where reading fails on any. A sealed checkpoint was verified; this is for the
+    others, for a disk that fails in between, and for pieces that another kind of run has.
     """
-    run = _matching_run(path, engine.mesh, config, verified)
-    for param in engine.params.values() if run["optimizer_steps"] else ():  # there are no moments before the first
-        moments = {name: torch.zeros_like(param) for name in _MOMENTS}
-        # On the parameter's device, where the fused update counts it up.
-        steps = torch.full((), float(run["optimizer_steps"]), dtype=torch.float32, device=param.device)
-        engine.optimizer.state[param] = {"step": steps, **moments}
-    read_tensors(path, _tensors(engine))
-    if run["scaler"]["growth"] == engine.scaler.growth:
-        engine.scaler = LossScaler(**run["scaler"])
-    return run["step"]
-
-
-def load_parameters(path: str | os.PathLike, engine: Engine, config: dict, verified: bool = False) -> None:
-    """The parameters alone, to begin a new run from. Raises ValueError like `load`."""
-    _matching_run(path, engine.mesh, config, verified)
-    read_tensors(path, {name: tensor for name, tensor in _tensors(engine).items() if name.startswith("model/")})
-
-
-def _matching_run(path: str | os.PathLike, mesh: Mesh, config: dict, verified: bool) -> dict:
-    """run.json, if the checkpoint is whole, and of the model and dtype that config asks for."""
-    if not verified:
-        verify(path, mesh)
-    run = read_run(path)
-    theirs, ours = run["config"]["model"], config["model"]
-    differing = [key for key in ours if theirs.get(key) != ours[key] and key not in _MAY_CHANGE]
-    other = [f"{key} {theirs.get(key)} (this run: {ours[key]})" for key in differing]
-    if other:
-        raise ValueError(f"{path}: the checkpoint is of another model: {', '.join(other)}")
-    if run["config"]["dtype"] != config["dtype"]:
-        raise ValueError(f"{path}: the checkpoint has --dtype {run['config']['dtype']}, not {config['dtype']}")
-    return run
-
-
-def read_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> None:
-    """ValueError on every rank alike, where reading fails on any. A sealed checkpoint was verified; this is for the
-    others, and for a disk that fails in between."""
     with _quiet():
         try:
-            dcp.load(tensors, checkpoint_id=Path(path))
+            dcp.load(_wrapped(pieces), checkpoint_id=Path(path))
         except (Exception, CheckpointException) as error:
             raise ValueError(f"{path}: cannot be loaded ({_reason(error)}): damaged") from error
 
@@ -266,38 +227,20 @@ class _Writer(dcp.FileSystemWriter):
             raise SaveError(f"{self.final} could not be saved: {_reason(error)}") from error
 
 
-def _describe(step: int, engine: Engine, config: dict, facts: dict[str, Any]) -> dict[str, Any]:
-    """run.json, as things stand at the call."""
-    scaler = {"scale": engine.scaler.scale, "growth": engine.scaler.growth, "good_steps": engine.scaler.good_steps}
-    run = {"format": FORMAT, "step": step, "optimizer_steps": _optimizer_steps(engine)}
-    return {**run, **facts, "scaler": scaler, "config": config}
+def _wrapped(pieces: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
+    """Each piece as the whole tensor that it is of, sharing its memory. With one process, the piece is the whole."""
+    return {name: _wrap(piece.tensor, piece.place) for name, piece in pieces.items()}
 
 
-def _tensors(engine: Engine) -> dict[str, torch.Tensor]:
-    """Parameters and moments under their canonical names, sharing memory with the engine's."""
-    tensors = {}
-    for name, param in engine.params.items():
-        tensors[f"model/{name}"] = _wrap(param.detach(), name, engine)
-        for moment, value in engine.optimizer.state.get(param, {}).items():
-            if moment in _MOMENTS:
-                tensors[f"{moment}/{name}"] = _wrap(value, name, engine)
-    return tensors
-
-
-def _wrap(piece: torch.Tensor, name: str, engine: Engine) -> torch.Tensor:
-    """A rank's piece as the whole tensor that it is of. With one process, the piece is the whole."""
-    if engine.mesh.device_mesh is None:
-        return piece
-    shape, axes = torch.Size(engine.table[name].spec.shape), ("dp", "ep", "tp")
-    shards = {axis: Shard(dim) for dim, axis in engine.table[name].spec.shards}
-    placements = [shards.get(axis, Replicate()) for axis in axes]
+def _wrap(tensor: torch.Tensor, place: Placement) -> torch.Tensor:
+    if place.mesh.device_mesh is None:
+        return tensor
+    shape = torch.Size(place.spec.shape)
+    shards = {axis: Shard(dim) for dim, axis in place.spec.shards}
+    placements = [shards.get(axis, Replicate()) for axis in WITHIN_STAGE]
     stride = torch.empty(shape, device="meta").stride()
-    stage = engine.mesh.device_mesh[axes]  # the ranks that share this rank's pipeline stage
-    return DTensor.from_local(piece, stage, placements, run_check=False, shape=shape, stride=stride)
-
-
-def _optimizer_steps(engine: Engine) -> int:
-    return max((int(state["step"]) for state in engine.optimizer.state.values()), default=0)
+    stage = place.mesh.device_mesh[WITHIN_STAGE]  # the ranks that share this rank's pipeline stage
+    return DTensor.from_local(tensor, stage, placements, run_check=False, shape=shape, stride=stride)
 
 
 def _rank() -> int:

@@ -10,7 +10,6 @@ gradient that it is given. (Shoeybi et al. 2019, arXiv:1909.08053, calls the fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,19 +26,6 @@ def all_reduce(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.R
         with region(f"all-reduce {axis.name}", waits=True):
             dist.all_reduce(out, op=op, group=axis.group)
     return out
-
-
-def sum_numbers(numbers: Sequence[float], axis: Axis, device: torch.device) -> list[float]:
-    """Python's numbers, summed over the axis in float64. device: where the axis's messages lie.
-
-    What is known of a step leaves its device as it is, and is added up on the host: not every device has float64
-    (Apple's mps has not). Those that ranks can talk from, a CPU and CUDA's GPUs, have.
-    """
-    if axis.size == 1:
-        return list(numbers)
-    sums = all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device), axis)
-    with region(f"all-reduce {axis.name}", waits=True):  # a GPU's is waited for here
-        return sums.tolist()
 
 
 def gather_objects(value: Any, axis: Axis) -> list:

@@ -1,7 +1,7 @@
 """The executor: runs any pipeline schedule, one stage included.
 
 A schedule says in which order this rank computes, sends and receives (`heiretsu.parallel.schedules`); the executor only
-obeys. It knows a stage as a module that maps (hidden or None, microbatch) to a `StageOutput`.
+obeys. Of the model it knows what a `Stage` states.
 
 Sends do not block; receives are waited for where the schedule puts them. Activations go down on the axis pp, gradients
 come up on pp_back, so each pair of ranks has one ordered channel for each direction and neither waits behind the other.
@@ -9,64 +9,62 @@ come up on pp_back, so each pair of ranks has one ordered channel for each direc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from heiretsu.parallel.mesh import Axis, Mesh
+from heiretsu.parallel.metrics import Metric, Totals
 from heiretsu.parallel.profiling import region
 from heiretsu.parallel.schedules.actions import Action, Kind, peer
 
 
 @dataclass(frozen=True)
-class Microbatch:
-    """A few sequences. inputs, targets: (B, T) int64.
+class Context:
+    """Where a microbatch belongs: what randomness is drawn from. step: of training. first_sample: index of row 0 in the
+    step's global batch."""
 
-    first_sample: index of row 0 in the step's global batch; step: of training. Dropout masks are functions of both.
-    """
+    step: int = 0
+    first_sample: int = 0
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """A few sequences. inputs, targets: (B, T) int64."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
-    first_sample: int = 0
-    step: int = 0
+    context: Context = Context()
 
 
 @dataclass(frozen=True)
 class StageOutput:
     """What one stage makes of one microbatch.
 
-    hidden: (B, T, C) for the next stage; None from the last. objective: scalar, this stage's share of what is minimised
-    (cross-entropy on the last stage, weighted balance losses on every stage). loss: mean cross-entropy, last stage
-    only.
-    aux_loss: this stage's share of the balance loss, unweighted. expert_load: (MoE layers of the whole model, E) int64
-    tokens of each expert, zero in the rows of other stages; None without experts.
+    hidden: for the next stage; None from the last. objective: scalar, this stage's share of what is minimised. metrics:
+    this stage's share of those that it declares; one that is left out is zero.
     """
 
     hidden: torch.Tensor | None
     objective: torch.Tensor
-    loss: torch.Tensor | None
-    aux_loss: torch.Tensor
-    expert_load: torch.Tensor | None
+    metrics: dict[str, torch.Tensor]
 
 
-@dataclass
-class Totals:
-    """What the microbatches that this rank ran gave: their losses, scalars still on the device, so that nothing waits
-    for it; and the sum of their expert loads."""
+class Stage(nn.Module):
+    """A range of a model's layers: maps (hidden of the stage before, or None; a microbatch) to a `StageOutput`.
 
-    losses: list[torch.Tensor] = field(default_factory=list)
-    aux_losses: list[torch.Tensor] = field(default_factory=list)
-    expert_load: torch.Tensor | None = None
+    metrics: of the whole model, and so the same for each of its stages. hidden_dtype: of what stages hand on.
+    """
 
-    def add(self, out: StageOutput) -> None:
-        if out.loss is not None:
-            self.losses.append(out.loss.detach())
-        self.aux_losses.append(out.aux_loss.detach())
-        if out.expert_load is not None:
-            self.expert_load = out.expert_load + (0 if self.expert_load is None else self.expert_load)
+    metrics: Mapping[str, Metric]
+    hidden_dtype: torch.dtype
+
+    def hidden_shape(self, batch: Microbatch) -> tuple[int, ...]:
+        """Of what stages hand on for this microbatch, the same between any two."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -79,7 +77,7 @@ class _InFlight:
     arriving: dist.Work | None = None
     receive: str = ""  # which receive, for the record of what this rank waits in
 
-    def forward(self, stage: nn.Module, batch: Microbatch) -> None:
+    def forward(self, stage: Stage, batch: Microbatch) -> None:
         self._arrived()
         if self.hidden_in is not None:
             self.hidden_in.requires_grad_(torch.is_grad_enabled())
@@ -104,11 +102,9 @@ class _InFlight:
 
 def run_schedule(
     actions: Sequence[Action],
-    stages: Sequence[nn.Module],
+    stages: Sequence[Stage],
     batches: Sequence[Microbatch],
     mesh: Mesh,
-    hidden_size: int,
-    hidden_dtype: torch.dtype,
     loss_scale: float = 1.0,
 ) -> Totals:
     """Run this rank's actions; gradients of the mean objective, times loss_scale, accumulate in the parameters.
@@ -117,30 +113,25 @@ def run_schedule(
     """
     totals, sends = Totals(), _Sends()
     flights: dict[tuple[int, int], _InFlight] = {}  # (microbatch, stage)
-    last_stage = len(stages) * mesh.pp.size - 1
 
     for action in actions:
         kind, microbatch, stage = action
         flight = flights.setdefault((microbatch, stage), _InFlight())
-        batch = batches[microbatch]
+        batch, stage_module = batches[microbatch], stages[stage // mesh.pp.size]
         with region(str(action), words=action.words):
             match kind:
                 case Kind.RECV_FORWARD:
-                    flight.hidden_in, flight.arriving = _receive(batch, hidden_size, hidden_dtype, mesh.pp, kind)
+                    flight.hidden_in, flight.arriving = _receive(stage_module, batch, mesh.pp, kind)
                     flight.receive = action.words
                 case Kind.FORWARD:
-                    if mesh.pp.size == 1 and stage > 0:  # from the stage before, on this rank
-                        flight.hidden_in = flights[microbatch, stage - 1].out.hidden.detach()
-                    flight.forward(stages[stage // mesh.pp.size], batch)
-                    totals.add(flight.out)
+                    flight.forward(stage_module, batch)
+                    totals.add(flight.out.metrics)
                 case Kind.SEND_FORWARD:
                     sends.start(flight.out.hidden.detach(), mesh.pp, kind)
                 case Kind.RECV_BACKWARD:
-                    flight.grad_out, flight.arriving = _receive(batch, hidden_size, hidden_dtype, mesh.pp_back, kind)
+                    flight.grad_out, flight.arriving = _receive(stage_module, batch, mesh.pp_back, kind)
                     flight.receive = action.words
                 case Kind.BACKWARD:
-                    if mesh.pp.size == 1 and stage < last_stage:
-                        flight.grad_out = flights[microbatch, stage + 1].hidden_in.grad
                     flight.backward(loss_scale / len(batches))
                 case Kind.SEND_BACKWARD:
                     sends.start(flight.hidden_in.grad, mesh.pp_back, kind)
@@ -151,8 +142,8 @@ def run_schedule(
     return totals
 
 
-def _receive(batch: Microbatch, hidden_size: int, dtype: torch.dtype, axis: Axis, kind: Kind):
-    buffer = torch.empty(*batch.inputs.shape, hidden_size, dtype=dtype, device=batch.inputs.device)
+def _receive(stage: Stage, batch: Microbatch, axis: Axis, kind: Kind):
+    buffer = torch.empty(stage.hidden_shape(batch), dtype=stage.hidden_dtype, device=batch.inputs.device)
     return buffer, dist.irecv(buffer, axis.ranks[peer(kind, axis.index, axis.size)], group=axis.group)
 
 

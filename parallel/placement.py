@@ -9,6 +9,7 @@ Which axes a parameter has to do with is for its layer to say: none is named her
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -90,6 +91,13 @@ class Placement:
 
 
 Table = dict[str, Placement]
+
+
+class Piece(NamedTuple):
+    """What this rank holds of a tensor that is laid out as a parameter is: its part, and the parameter's record."""
+
+    tensor: torch.Tensor
+    place: Placement
 
 
 def shard_bounds(size: int, axis: Axis) -> tuple[int, int]:

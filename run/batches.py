@@ -10,7 +10,7 @@ import torch
 from heiretsu.data.batches import TokenDataset
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh
-from heiretsu.parallel.pipeline import Microbatch
+from heiretsu.parallel.pipeline import Context, Microbatch
 from heiretsu.run.options import RunConfig
 
 Read = Callable[[range], tuple[torch.Tensor, torch.Tensor]]
@@ -25,7 +25,7 @@ def microbatches(config: RunConfig, mesh: Mesh, read: Read, step: int = 0, first
     batches = []
     for start in range(mine, mine + config.grad_accum_steps * config.batch_size, config.batch_size):
         inputs, targets = read(range(start, start + config.batch_size))
-        batches.append(Microbatch(inputs.to(mesh.device), targets.to(mesh.device), start, step))
+        batches.append(Microbatch(inputs.to(mesh.device), targets.to(mesh.device), Context(step, start)))
     return batches
 
 
@@ -39,7 +39,7 @@ def evaluate(config: RunConfig, mesh: Mesh, engine: Engine, data: TokenDataset) 
     total = 0.0
     for iteration in range(config.eval_iters):
         first = iteration * config.global_batch_size
-        total += engine.evaluate(microbatches(config, mesh, data.eval_batch, first=first))
+        total += engine.evaluate(microbatches(config, mesh, data.eval_batch, first=first))["loss"]
     loss = total / config.eval_iters
     bits = {} if data.bytes_per_token is None else {"eval_bits_per_byte": loss / math.log(2) / data.bytes_per_token}
     return {"eval_loss": loss, **bits}

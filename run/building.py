@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -11,9 +12,9 @@ from heiretsu.model.gpt import GPT, build_stages
 from heiretsu.model.seeding import initialise
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, abstract_mesh
-from heiretsu.parallel.optimizer import LossScaler, optimizer_groups
 from heiretsu.parallel.placement import placement_table
 from heiretsu.parallel.schedules import SCHEDULES
+from heiretsu.parallel.updater import LossScaler, Updater
 from heiretsu.run.options import RunConfig
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,29 +23,26 @@ FP16_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
 
 def build_engine(config: RunConfig, mesh: Mesh, ops: ModuleType) -> Engine:
     """The run's engine on this rank: initialised stages and AdamW. ops: heiretsu.kernels.plain or .fused."""
+
+    def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        lr, decay = config.learning_rate, config.weight_decay
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, weight_decay=decay, fused=True)
+
     dtype = getattr(torch, config.dtype)
     compute_dtype = COMPUTE_DTYPES.get(config.amp, dtype)
     loss_scale = config.loss_scale or (FP16_LOSS_SCALE if config.amp == "fp16" else None)
+    scaler = LossScaler(loss_scale, config.loss_scale_window) if loss_scale else None
     stages_per_rank = config.stages_per_rank
+    schedule = SCHEDULES[config.schedule](mesh.pp.size, config.grad_accum_steps, stages_per_rank)
     stages = build_stages(config.model, mesh, ops, dtype, compute_dtype, config.seed, stages_per_rank)
-    engine = Engine(
-        stages,
-        mesh,
-        hidden_size=config.model.n_embed,
-        hidden_dtype=compute_dtype,
-        num_microbatches=config.grad_accum_steps,
-        schedule=SCHEDULES[config.schedule](mesh.pp.size, config.grad_accum_steps, stages_per_rank),
-        grad_clip=config.grad_clip,
-        scaler=LossScaler(loss_scale, config.loss_scale_window) if loss_scale else None,
-    )
+    table = {name: place for stage in stages for name, place in placement_table(stage, mesh).items()}
     for stage in stages:
-        initialise(stage, engine.table, config.seed)
+        initialise(stage, table, config.seed)
         if config.compile:
             for block in stage.blocks.values():
                 block.compile()
-    groups = optimizer_groups(engine.params, engine.table, config.weight_decay)
-    engine.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    return engine
+    params = {name: param for stage in stages for name, param in stage.named_parameters()}
+    return Engine(stages, mesh, schedule, Updater(params, table, adamw, config.grad_clip, scaler))
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -25,12 +25,13 @@ import torch
 
 from heiretsu.data.tokenizer import TOKENIZERS
 from heiretsu.model.config import ModelConfig
-from heiretsu.parallel import checkpoint
+from heiretsu.parallel.checkpoint import SaveError
 from heiretsu.parallel.checkpoint_folder import checkpoints
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run.building import build_engine
 from heiretsu.run.options import parse_args
 from heiretsu.run.saved import load_model
+from heiretsu.run.state import save
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -73,7 +74,7 @@ def import_gpt2(source: str | os.PathLike, out: str | os.PathLike) -> Path:
     for name, param in engine.params.items():
         with torch.no_grad():
             param.copy_(weights[name])
-    return checkpoint.save(out, 0, engine, json.loads(config.to_json()), keep=1)
+    return save(out, 0, engine, json.loads(config.to_json()), keep=1)
 
 
 def export_gpt2(source: str | os.PathLike, out: str | os.PathLike) -> Path:
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     run = {"import": import_gpt2, "export": export_gpt2}[args.direction]
     try:
         path = run(args.source, args.out)
-    except (ValueError, checkpoint.SaveError) as error:
+    except (ValueError, SaveError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
     print(f"wrote {path}", file=sys.stderr)  # which prints any name, whatever its encoding
 

@@ -121,11 +121,12 @@ class RunLog:
 
     def _expert_load(self, report: StepReport) -> dict:
         """For wandb: the share of tokens of each expert of each mixture layer, and a bar chart of the whole model's."""
-        if report.expert_load is None:
+        load = report.metrics.get("expert_load")
+        if load is None:
             return {}
-        shares = (report.expert_load / report.expert_load.sum(1, keepdim=True)).tolist()
+        shares = (load / load.sum(1, keepdims=True)).tolist()
         numbers = {f"expert_load/layer{i}/expert{e}": s for i, row in enumerate(shares) for e, s in enumerate(row)}
-        total = (report.expert_load.sum(0) / report.expert_load.sum()).tolist()
+        total = (load.sum(0) / load.sum()).tolist()
         table = self.wandb.Table(columns=["expert", "share"], data=[[f"expert {e}", s] for e, s in enumerate(total)])
         return {**numbers, "expert_load/chart": self.wandb.plot.bar(table, "expert", "share", title="Tokens by expert")}
 

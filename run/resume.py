@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heiretsu.parallel import checkpoint
 from heiretsu.parallel.checkpoint_folder import complete, newest_whole, set_aside
 from heiretsu.parallel.checkpoint_seal import read_run, step_of
 from heiretsu.parallel.engine import Engine
@@ -17,10 +16,10 @@ from heiretsu.parallel.mesh import Mesh
 from heiretsu.run.folders import agreed
 from heiretsu.run.options import RunConfig
 from heiretsu.run.saved import newest_in
+from heiretsu.run.state import MAY_CHANGE, load, load_parameters
 
 # What decides the numbers of a run, besides the model and the data. Topology, schedule and kernels do not.
 _DECIDE = "seed tokenizer learning_rate warmup_iters min_lr weight_decay betas grad_clip amp".split()
-_DECIDE_IN_MODEL = ("dropout", "aux_loss_coef")  # the rest of the model cannot differ at all
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def changes(theirs: dict[str, Any], ours: dict[str, Any], data: str) -> list[str
 def _names() -> dict[str, str]:
     """How each thing that is compared is called."""
     return {
-        **{key: f"--{key}" for key in (*_DECIDE, *_DECIDE_IN_MODEL)},
+        **{key: f"--{key}" for key in (*_DECIDE, *MAY_CHANGE)},
         "batch": "sequences of a step",
         "decay": "--max_iters with --min_lr",
     }
@@ -104,7 +103,7 @@ def _names() -> dict[str, str]:
 
 def _derived(config: dict[str, Any]) -> dict[str, Any]:
     """The values that are made of several flags: a global batch may be cut up in any way."""
-    derived = {key: config["model"][key] for key in _DECIDE_IN_MODEL if key in config["model"]}
+    derived = {key: config["model"][key] for key in MAY_CHANGE if key in config["model"]}
     sizes = [config.get(key) for key in ("batch_size", "grad_accum_steps", "dp", "ep")]
     if all(isinstance(size, int) for size in sizes):
         derived["batch"] = math.prod(sizes)
@@ -124,12 +123,12 @@ def restore(config: RunConfig, engine: Engine, origin: Origin, say: Callable[[st
     """
     first_step = 0
     if origin.path is not None:
-        first_step = checkpoint.load(origin.path, engine, config.as_json(), verified=True)
+        first_step = load(origin.path, engine, config.as_json(), verified=True)
         left = "" if first_step < config.max_iters else ": nothing is left to do"
         say(f"resumed {origin.path}: {first_step} of {config.max_iters} steps are done{left}")
     elif config.init_from:
         path = newest_in(config.init_from, say, engine.mesh)
-        checkpoint.load_parameters(path, engine, config.as_json(), verified=True)
+        load_parameters(path, engine, config.as_json(), verified=True)
         say(f"parameters of {path}")
     make_room(config, engine.mesh, origin, first_step, say)
     return first_step

@@ -12,10 +12,11 @@ import torch
 
 from heiretsu.model.config import ModelConfig
 from heiretsu.model.gpt import GPT
-from heiretsu.parallel.checkpoint import read_tensors, stored_shapes
+from heiretsu.parallel import checkpoint
 from heiretsu.parallel.checkpoint_folder import newest_whole, say_if_unsealed
 from heiretsu.parallel.checkpoint_seal import brief, read_run, verify
 from heiretsu.parallel.mesh import Mesh, abstract_mesh
+from heiretsu.parallel.placement import Piece, placement_table
 from heiretsu.run.options import check_model
 
 
@@ -50,14 +51,19 @@ def load_model(
     run = read_run(path)
     config = _model_config(path, run)
     dtype = getattr(torch, run["config"]["dtype"])
-    model = GPT(config, abstract_mesh(device=device), ops, dtype=dtype)
-    read_tensors(path, {f"model/{name}": param.detach() for name, param in model.named_parameters()})
+    mesh = abstract_mesh(device=device)
+    model = GPT(config, mesh, ops, dtype=dtype)
+    table = placement_table(model, mesh)
+    named = model.named_parameters()
+    checkpoint.read(path, {f"model/{name}": Piece(param.detach(), table[name]) for name, param in named})
     return model.eval(), run
 
 
 def _model_config(path: Path, run: dict) -> ModelConfig:
     """The model that run.json describes, if the checkpoint's tensors are of its shapes. Allocates nothing."""
-    stored = {name.removeprefix("model/"): shape for name, shape in stored_shapes(path).items() if "model/" in name}
+    stored = {
+        name.removeprefix("model/"): shape for name, shape in checkpoint.stored_shapes(path).items() if "model/" in name
+    }
     try:
         config = ModelConfig(**run["config"]["model"])
         check_model(config)

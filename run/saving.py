@@ -16,6 +16,7 @@ import torch.distributed as dist
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.engine import Engine, StepReport
 from heiretsu.run.options import RunConfig
+from heiretsu.run.state import facts_of
 
 LONGEST_SAVE = timedelta(hours=2)
 STILL_WRITING = 1 << 16  # beside the number of a signal, in what a rank tells the others
@@ -44,10 +45,9 @@ class Saver:
         if self.directory is None:
             return
         self.finish()
-        config, keep, by_first = self.config.as_json(), self.config.keep, self.config.local_checkpoints
-        self.saving = checkpoint.start(
-            self.directory, step, self.engine, config, keep, self.group, self.copies, by_first, **self.facts
-        )
+        facts = facts_of(self.engine, self.config.as_json(), self.facts)
+        where = self.config.keep, self.group, self.copies, self.config.local_checkpoints
+        self.saving = checkpoint.start(self.directory, step, self.engine.updater.pieces(), facts, *where)
 
     def note(self) -> int:
         """For `Engine.step`: whether this rank is still writing, as the step ends."""

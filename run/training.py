@@ -43,12 +43,13 @@ def train(
         for step in range(first_step, config.max_iters):
             began = time.perf_counter()
             lr = learning_rate(config, step)
-            for group in engine.optimizer.param_groups:
+            for group in engine.updater.optimizer.param_groups:
                 group["lr"] = lr
             report = engine.step(read_batches(config, mesh, train_data, step))
             seconds = time.perf_counter() - began
             last = step + 1 == config.max_iters
-            record = {"step": step, "loss": report.loss, "aux_loss": report.aux_loss, "grad_norm": report.grad_norm}
+            record = {"step": step, **{key: report.metrics[key] for key in ("loss", "aux_loss")}}
+            record |= {"grad_norm": report.grad_norm}
             record |= {"lr": lr, "skipped": report.skipped, "loss_scale": report.loss_scale}
             record["tokens_per_s"] = config.tokens_per_step / seconds
             record |= stragglers.update(report.compute_s)
@@ -59,7 +60,7 @@ def train(
                 if line:
                     log.say(line)
             check = config.check_replicas and (step + 1) % config.check_replicas == 0
-            ending = stop.after(report, first_difference(engine) if check else "")
+            ending = stop.after(report, first_difference(engine.updater.pieces(counts=True), mesh) if check else "")
             saver.after(report)
             due = last or (config.save_interval and (step + 1) % config.save_interval == 0)
             if ending.saves if ending else due:

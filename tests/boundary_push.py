@@ -31,11 +31,12 @@ def push(mesh, config, ops) -> tuple[list[float], dict]:
     for stage in engine.stages:
         for block in stage.blocks.values():
             block.register_forward_pre_hook(lambda block, args: keep(crossed, block.layer, *args))
-    return [engine.step(read_batches(config, mesh, data, step)).loss for step in range(flags.steps)], crossed
+    reports = [engine.step(read_batches(config, mesh, data, step)) for step in range(flags.steps)]
+    return [report.metrics["loss"] for report in reports], crossed
 
 
-def keep(crossed, layer, hidden, step, first_sample) -> None:
-    crossed[layer, step, first_sample] = hidden.detach().cpu()
+def keep(crossed, layer, hidden, context) -> None:
+    crossed[layer, context.step, context.first_sample] = hidden.detach().cpu()
 
 
 def verdict(mesh) -> dict[str, str]:

@@ -26,7 +26,7 @@ from heiretsu.data import batches as batches_module
 from heiretsu.data import prepare as prepare_module
 from heiretsu.data.shards import read_shard, write_shard
 from heiretsu.model import moe, seeding
-from heiretsu.parallel import collectives, engine, expert, optimizer, pipeline, placement, tensor
+from heiretsu.parallel import collectives, engine, expert, metrics, placement, tensor, updater
 from heiretsu.parallel.data import GradientAverager
 from heiretsu.parallel.mesh import REPLICAS, Mesh, abstract_mesh
 from heiretsu.parallel.schedules import SCHEDULES, lower, simulate
@@ -67,18 +67,21 @@ def replicated_weights_seeded_per_tp_rank(mesh):
 
 
 def local_gradient_norm(mesh):
-    return patch.object(optimizer, "sum_numbers", lambda numbers, axis, device: numbers)
+    def exchange(sums, told, world):
+        totals, by_rank = metrics.exchange(sums, told, world)
+        return [sums[0].tolist(), *totals[1:]], by_rank
+
+    return patch.object(engine, "exchange", exchange)
 
 
 def found_inf_not_shared(mesh):
-    real = engine.gradient_norm
+    real = updater.Updater.apply
 
-    def norm(grads, table, mesh):
-        total = real({name: grad.nan_to_num(0.0, 0.0, 0.0) for name, grad in grads.items()}, table, mesh)
-        finite_here = all(grad.isfinite().all() for grad in grads.values())
-        return total if finite_here else math.nan
+    def apply(self, squares, num_not_finite):
+        bad = sum(not grad.isfinite().all() for grad in self.grads.values())
+        return real(self, squares if math.isfinite(squares) else 1.0, bad)
 
-    return patch.object(engine, "gradient_norm", norm)
+    return patch.object(updater.Updater, "apply", apply)
 
 
 def untied_head_under_pp(mesh):
@@ -103,12 +106,14 @@ def ep_ranks_reading_one_batch(mesh):
 
 
 def last_microbatch_reported_as_the_mean(mesh):
-    def add(totals, out):
-        totals.aux_losses.append(out.aux_loss.detach())
-        if out.loss is not None:
-            totals.losses = [out.loss.detach()] * 4  # of 4 microbatches
+    real = metrics.Totals.add
 
-    return patch.object(pipeline.Totals, "add", add)
+    def add(totals, given):
+        real(totals, given)
+        if "loss" in given:
+            totals.given["loss"] = [given["loss"].detach()] * 4  # of 4 microbatches
+
+    return patch.object(metrics.Totals, "add", add)
 
 
 def dx_all_reduce_left_out(mesh):
@@ -165,7 +170,7 @@ def initial_values_in_the_default_dtype(mesh):
 
 
 def gradient_norm_in_one_long_sum(mesh):
-    return patch.object(optimizer, "PIECE", 2**40)
+    return patch.object(updater, "BLOCK", 2**40)
 
 
 @contextlib.contextmanager
@@ -277,7 +282,7 @@ def defaults_check() -> dict[str, str]:
 
 def norm_check() -> dict[str, str]:
     """The norm of three million equal float32, whose sum in float32 is off by a tenth of a percent."""
-    ours, exact = optimizer.two_norm(torch.full((3_000_000,), 0.1)).item(), 0.1 * math.sqrt(3_000_000)
+    ours, exact = updater.two_norm(torch.full((3_000_000,), 0.1)).item(), 0.1 * math.sqrt(3_000_000)
     return {} if abs(ours / exact - 1) < 1e-5 else {"norm of many numbers": f"{ours}, not {exact}"}
 
 

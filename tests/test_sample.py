@@ -11,7 +11,7 @@ import torch
 import sample
 from heiretsu.data.tokenizer import load_tokenizer
 from heiretsu.kernels import plain
-from heiretsu.parallel import checkpoint
+from heiretsu.run import state
 from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from heiretsu.run.options import parse_args
@@ -31,7 +31,7 @@ def save_two(mesh, folder: Path, flags: list[str]) -> dict[str, torch.Tensor]:
     data = dataset(config.model.vocab_size, config.model.block_size)
     for step in (0, 1):
         engine.step(read_batches(config, mesh, data, step))
-        checkpoint.save(folder, step + 1, engine, json.loads(config.to_json()), keep=2)
+        state.save(folder, step + 1, engine, json.loads(config.to_json()), keep=2)
     return {name: param.detach() for name, param in engine.params.items()}
 
 

@@ -11,6 +11,7 @@ import torch
 from heiretsu.data.batches import TokenDataset
 from heiretsu.kernels import plain
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.parallel.pipeline import Context
 from heiretsu.run import sampling
 from heiretsu.run.batches import evaluate, read_batches
 from heiretsu.run.building import build_engine, count_parameters
@@ -157,7 +158,7 @@ def test_each_replica_reads_its_own_part_of_a_global_batch():
         data = Watched(dataset(67, 8))
         mesh = abstract_mesh(dp=2, ep=2, rank=rank)
         batches = read_batches(config, mesh, data, 7)
-        assert [(batch.first_sample, batch.step) for batch in batches] == [(6 * rank, 7), (6 * rank + 3, 7)]
+        assert [batch.context for batch in batches] == [Context(7, 6 * rank), Context(7, 6 * rank + 3)]
         reads += data.read
     assert reads == [(7, list(range(start, start + 3))) for start in range(0, 24, 3)]
 
@@ -168,13 +169,13 @@ def test_an_evaluation_is_the_mean_over_the_first_global_batches():
     reads = []
     for rank in range(4):
         data, losses = Watched(dataset(67, 8)), iter([1.0, 2.0, 6.0])
-        engine = types.SimpleNamespace(evaluate=lambda batches, losses=losses: next(losses))
+        engine = types.SimpleNamespace(evaluate=lambda batches, losses=losses: {"loss": next(losses)})
         mesh = abstract_mesh(dp=2, ep=2, rank=rank)
         assert evaluate(config, mesh, engine, data) == {"eval_loss": 3.0}
         reads += data.read
     assert sorted(sum((indices for _, indices in reads), [])) == list(range(72))
     data = TokenDataset([np.zeros(100, dtype=np.uint16)], 8, 0, 67, bytes_per_token=4.0)
-    engine = types.SimpleNamespace(evaluate=lambda batches: 8 * math.log(2))
+    engine = types.SimpleNamespace(evaluate=lambda batches: {"loss": 8 * math.log(2)})
     alone = replace(config, dp=1, ep=1)
     found = evaluate(alone, abstract_mesh(), engine, data)
     assert found == {"eval_loss": pytest.approx(8 * math.log(2)), "eval_bits_per_byte": pytest.approx(2.0)}

@@ -85,15 +85,16 @@ def run_steps(
     data = dataset(config.model.vocab_size, config.model.block_size)
     trace = Trace()
     engine.accumulate(batches.read_batches(config, mesh, data, 0))
-    trace.first_grads = pieces(engine, engine.grads)
+    trace.first_grads = pieces(engine, engine.updater.grads)
     for step in range(steps):
         with_overflow(engine, step in overflow_at and mesh.rank == mesh.world.size - 1)
         report = engine.step(batches.read_batches(config, mesh, data, step))
-        trace.losses.append(report.loss)
-        trace.aux_losses.append(report.aux_loss)
+        trace.losses.append(report.metrics["loss"])
+        trace.aux_losses.append(report.metrics["aux_loss"])
         trace.grad_norms.append(report.grad_norm)
         trace.skips.append(report.skipped)
-        trace.expert_loads.append(None if report.expert_load is None else report.expert_load.tolist())
+        load = report.metrics.get("expert_load")
+        trace.expert_loads.append(None if load is None else load.tolist())
     trace.eval_losses.append(batches.evaluate(replace(config, eval_iters=2), mesh, engine, data)["eval_loss"])
     trace.params = pieces(engine, {name: param.detach() for name, param in engine.params.items()})
     return trace
@@ -101,7 +102,7 @@ def run_steps(
 
 def with_overflow(engine: Engine, here: bool) -> None:
     """Make the engine's next averaged gradient infinite on this rank, or as it should be."""
-    averager = engine.averager
+    averager = engine.updater.averager
     averager.__dict__.pop("finish", None)
     if here:
 

@@ -33,7 +33,7 @@ def in_forward(mesh, step, happen):
     real, done = pipeline._InFlight.forward, []
 
     def forward(flight, stage, batch):
-        if batch.step + 1 == step and not done:
+        if batch.context.step + 1 == step and not done:
             done.append(happen())
         return real(flight, stage, batch)
 
@@ -107,7 +107,7 @@ def nan_loss(mesh, step):
     real = pipeline._InFlight.forward
 
     def forward(flight, stage, batch):
-        if batch.step + 1 != step:
+        if batch.context.step + 1 != step:
             return real(flight, stage, batch)
         bias = next(iter(stage.blocks.values())).ln_1.bias
         kept = bias.detach().clone()
@@ -126,9 +126,9 @@ def replica(mesh, step, what="parameter", name="ln_f.weight"):
 
     def engine_step(engine, batches, *rest):
         report = real(engine, batches, *rest)
-        if batches[0].step + 1 == step:
+        if batches[0].context.step + 1 == step:
             param = engine.params[name]
-            piece = param.data if what == "parameter" else engine.optimizer.state[param][what]
+            piece = param.data if what == "parameter" else engine.updater.optimizer.state[param][what]
             piece.view(torch.int32).flatten()[-1] ^= 1
         return report
 

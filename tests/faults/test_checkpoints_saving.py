@@ -18,6 +18,7 @@ from heiretsu.parallel import checkpoint, checkpoint_folder
 from heiretsu.parallel.checkpoint_folder import checkpoints, newest_whole, tidy
 from heiretsu.parallel.checkpoint_seal import verify
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run import state
 from heiretsu.run.building import build_engine
 from heiretsu.run.lock import FolderLock
 from heiretsu.run.saving import Saver
@@ -158,7 +159,7 @@ def test_a_kill_at_a_point_of_a_save(tmp_path, record_property, point):
     newest = newest_whole(tmp_path, print)
     assert newest.name in ("step_00000004", "step_00000006") and newest.name == seen[-1]
     engine = build_engine(replace(CONFIG, seed=5), abstract_mesh(), plain)
-    assert checkpoint.load(newest, engine, as_json()) == int(newest.name[-8:])
+    assert state.load(newest, engine, as_json()) == int(newest.name[-8:])
     expected = build_engine(CONFIG, abstract_mesh(), plain).params
     assert all((param == expected[name]).all() for name, param in engine.params.items())
     record_property("outcome", f"the newest is {newest.name}, whole, bitwise; the rest is cleared away")
@@ -167,7 +168,7 @@ def test_a_kill_at_a_point_of_a_save(tmp_path, record_property, point):
 def test_a_kill_between_the_renames_of_a_replaced_checkpoint(tmp_path, monkeypatch, record_property):
     record_property("fault", "SIGKILL when a checkpoint of the same step is replaced, between its two renames")
     engine = build_engine(CONFIG, abstract_mesh(), plain)
-    path = checkpoint.save(tmp_path, 4, engine, as_json(), keep=9)
+    path = state.save(tmp_path, 4, engine, as_json(), keep=9)
     real = os.replace
 
     def dies(source, target):
@@ -177,7 +178,7 @@ def test_a_kill_between_the_renames_of_a_replaced_checkpoint(tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoint_folder.os, "replace", dies)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, 4, engine, as_json(), keep=9)
+        state.save(tmp_path, 4, engine, as_json(), keep=9)
     monkeypatch.undo()
     assert not path.exists() and ".step_00000004.replaced" in hidden(tmp_path)
     tidy(tmp_path)
@@ -190,7 +191,7 @@ def test_a_kill_while_an_old_checkpoint_is_deleted(tmp_path, monkeypatch, record
     record_property("fault", "SIGKILL while the files of an old checkpoint are deleted")
     engine = build_engine(CONFIG, abstract_mesh(), plain)
     for step in (2, 4):
-        checkpoint.save(tmp_path, step, engine, as_json(), keep=9)
+        state.save(tmp_path, step, engine, as_json(), keep=9)
     real = shutil.rmtree
 
     def dies(path, *args, **kwargs):

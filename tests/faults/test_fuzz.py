@@ -15,10 +15,10 @@ from heiretsu.data.batches import TokenDataset
 from heiretsu.data.shards import HEADER_BYTES, read_shard, write_shard
 from heiretsu.kernels import plain
 from heiretsu.model.config import ModelConfig
-from heiretsu.parallel import checkpoint
 from heiretsu.parallel.checkpoint_seal import SEAL, fingerprint, read_run, seal, verify
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run import conversion as hf
+from heiretsu.run import state
 from heiretsu.run.building import build_engine
 from heiretsu.run.options import parse_args
 from heiretsu.run.resume import changes
@@ -76,7 +76,7 @@ def saved(tmp_path_factory):
     """A checkpoint, and its parameters."""
     config = parse_args(MODEL, world_size=1)
     engine = build_engine(config, abstract_mesh(), plain)
-    path = checkpoint.save(tmp_path_factory.mktemp("saved"), 3, engine, json.loads(config.to_json()), keep=1)
+    path = state.save(tmp_path_factory.mktemp("saved"), 3, engine, json.loads(config.to_json()), keep=1)
     return path, {name: param.detach().clone() for name, param in engine.params.items()}
 
 
@@ -197,7 +197,7 @@ def published(tmp_path_factory):
     config = parse_args([*MODEL, "--tokenizer", "bytes"], world_size=1)
     engine = build_engine(config, abstract_mesh(), plain)
     folder = tmp_path_factory.mktemp("published")
-    path = checkpoint.save(folder / "ours", 0, engine, json.loads(config.to_json()), keep=1)
+    path = state.save(folder / "ours", 0, engine, json.loads(config.to_json()), keep=1)
     return hf.export_gpt2(path, folder / "theirs"), config.model
 
 

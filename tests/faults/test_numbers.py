@@ -31,10 +31,12 @@ SPOILED = {  # value, in the loss or in the gradient alone, of rank 1
 def skipping_on(mesh, sizes):
     """By name of what is spoiled: whether parameters and moments stayed bitwise, and what the step's report said."""
     config, engine, data = engine_after(mesh, 1, **sizes)
-    real, found = engine.averager.finish, {}
+    real, found = engine.updater.averager.finish, {}
     for name, (where, value) in SPOILED.items():
         before = {key: param.detach().clone() for key, param in engine.params.items()}
-        moments = {key: engine.optimizer.state[param]["exp_avg"].clone() for key, param in engine.params.items()}
+        moments = {
+            key: engine.updater.optimizer.state[param]["exp_avg"].clone() for key, param in engine.params.items()
+        }
         spoil = mesh.rank == 1 and where in engine.params
 
         def finish(spoil=spoil, where=where, value=value):
@@ -45,10 +47,12 @@ def skipping_on(mesh, sizes):
         if "activations" in name and spoil:
             engine.params[where].data.fill_(value)
             before[where] = engine.params[where].detach().clone()
-        engine.averager.finish = finish if "gradient" in name else real
+        engine.updater.averager.finish = finish if "gradient" in name else real
         report = engine.step(read_batches(config, mesh, data, 1))
         same = all(torch.equal(before[key].nan_to_num(7), param.nan_to_num(7)) for key, param in engine.params.items())
-        same &= all(torch.equal(moments[key], engine.optimizer.state[p]["exp_avg"]) for key, p in engine.params.items())
+        same &= all(
+            torch.equal(moments[key], engine.updater.optimizer.state[p]["exp_avg"]) for key, p in engine.params.items()
+        )
         found[name] = same, report.skipped, report.not_finite
     return found
 
@@ -115,12 +119,12 @@ def test_one_bit_of_a_copy_ends_the_run(tmp_path, record_property, what):
 def differences_on(mesh, sizes, model):
     """What is found in good copies, then with one bit of one element changed on the last rank, piece by piece."""
     _, engine, _ = engine_after(mesh, 1, model, **sizes)
-    found = [first_difference(engine)]
+    found = [first_difference(engine.updater.pieces(counts=True), mesh)]
     for name in ("blocks.3.mlp.proj.bias", "wte.weight", "blocks.1.mlp.router.weight", "blocks.3.mlp.w1"):
         if name in engine.params and mesh.rank == mesh.world.size - 1:
             bits = engine.params[name].data.view(torch.int64).flatten()
             bits[-1] ^= 1
-        found.append(first_difference(engine))
+        found.append(first_difference(engine.updater.pieces(counts=True), mesh))
         if name in engine.params and mesh.rank == mesh.world.size - 1:
             bits[-1] ^= 1
     return found

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from heiretsu.kernels import fused, plain
 from heiretsu.model.copying import HoldsOps
 from heiretsu.parallel.mesh import Axis, abstract_mesh
-from heiretsu.parallel.pipeline import Microbatch
+from heiretsu.parallel.pipeline import Context, Microbatch
 from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from tests.training import MIXTURE, dataset, run_config
@@ -44,14 +44,14 @@ def test_a_copy_of_a_model_in_training_computes_the_same(ops, compiled):
     if not compiled:  # which would take a minute
         engine.step(read_batches(config, mesh, data, 0))
     (model,) = engine.stages
-    batch = Microbatch(*data.batch(1, range(2)), step=1)
+    batch = Microbatch(*data.batch(1, range(2)), Context(step=1))
     for name, make in COPIES.items():
         twin = make(model)
         assert twin.ops is twin.blocks["0"].attn.ops is ops, name
         for (path, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
             assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr(), f"{name}: {path}"
         if not compiled:
-            assert torch.equal(twin(None, batch).loss, model(None, batch).loss), name
+            assert torch.equal(twin(None, batch).objective, model(None, batch).objective), name
 
 
 def test_ops_that_are_no_module_are_copied_as_they_are():

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from heiretsu.kernels import fused, plain
-from heiretsu.parallel import checkpoint
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run import state
 from heiretsu.run.batches import evaluate, read_batches
 from heiretsu.run.building import build_engine
 from heiretsu.run.log import peak_flops
 from heiretsu.run.sampling import generate
 from heiretsu.run.saved import load_model
-from heiretsu.run.tuning import call_runs, record_calls
+from heiretsu.run.tuning import kernel_calls
 from tests.training import MIXTURE, dataset, run_config
 
 OPS = {"plain": plain, "fused": fused}
@@ -56,20 +56,20 @@ def whole_run(folder, ops, amp) -> dict:
     engine = build_engine(config, mesh, ops)
     initial = {name: bits(param) for name, param in engine.params.items()}
     reports = [engine.step(read_batches(config, mesh, data, step)) for step in range(2)]
-    path = checkpoint.save(folder, 2, engine, json.loads(config.to_json()), keep=1)
+    path = state.save(folder, 2, engine, json.loads(config.to_json()), keep=1)
     again = build_engine(config, mesh, ops)
-    checkpoint.load(path, again, json.loads(config.to_json()))
+    state.load(path, again, json.loads(config.to_json()))
     loaded, _ = load_model(path, ops)
     assert peak_flops(mesh, config) > 0
-    measured = record_calls(again, read_batches(config, mesh, data, 3))
-    runs = call_runs(measured, ops, mesh.device)
-    calls = {name: {k: (t.dtype, t.device) for k, t in make()().items()} for name, make in runs.items()}
+    calls = {name: {k: t.dtype for k, t in make()().items()} for name, make in kernel_calls(config, mesh, ops).items()}
     return {
         "initial values": initial,
-        "losses": [(r.loss, r.aux_loss, r.grad_norm, r.expert_load.tolist()) for r in reports],
+        "losses": [
+            (r.metrics["loss"], r.metrics["aux_loss"], r.grad_norm, r.metrics["expert_load"].tolist()) for r in reports
+        ],
         "parameters": {name: bits(param) for name, param in engine.params.items()},
         "evaluation": evaluate(replace(config, eval_iters=2), mesh, engine, data),
-        "a step after resuming": again.step(read_batches(config, mesh, data, 2)).loss,
+        "a step after resuming": again.step(read_batches(config, mesh, data, 2)).metrics["loss"],
         "sample": list(generate(loaded, [1, 2], 12, temperature=0.9, top_k=9, seed=3)),
         "calls that are measured": calls,
     }

@@ -82,5 +82,5 @@ def test_presets_are_the_released_sizes():
 
 
 def test_a_report_of_a_step_says_no_more_than_it_was_told():
-    report = StepReport(2.0, 0.5, 1.0, False)
-    assert dataclasses.astuple(report) == (2.0, 0.5, 1.0, False, 1.0, None, "", (0.0,), (0,))
+    report = StepReport({"loss": 2.0}, 1.0, False)
+    assert dataclasses.astuple(report) == ({"loss": 2.0}, 1.0, False, 1.0, "", (0.0,), (0,))

@@ -31,7 +31,7 @@ OTHER_SIZE = "tests/parallel/test_checkpoint.py::test_every_size_that_differs_is
 FLOPS = "tests/model/test_gpt.py::test_flops_are_those_that_torch_counts_but_for_the_future_that_attention_masks"
 INITIAL = "tests/model/test_gpt.py::test_initial_values_are_gpt2s"
 MFU = "tests/run/test_log.py::test_mfu_of_gpt2_on_one_gpu_and_on_eight_is_what_data_sheet_and_paper_give"
-SCALER = "tests/parallel/test_optimizer.py::test_the_scale_moves_as_torchs_gradscaler_moves_it"
+SCALER = "tests/parallel/test_updater.py::test_the_scale_moves_as_torchs_gradscaler_moves_it"
 SHARDS = "tests/parallel/test_placement.py::test_a_dim_is_dealt_out_as_torch_chunk_and_so_a_checkpoint_deals_it_out"
 LARGE = "tests/parallel/test_tensor.py::test_shards_of_logits_of_ten_thousand_make_the_whole_loss"
 OVERLAP = "tests/parallel/test_tensor.py::test_the_weights_gradient_is_computed_while_dx_is_being_summed"
@@ -82,17 +82,17 @@ EDITS = [
         "config.max_iters - config.warmup_iters",
         RATES,
     ),
-    Edit("the scale is never updated", "parallel/engine.py", "self.scaler.update(skipped)", "pass", DENSE),
+    Edit("the scale is never updated", "parallel/updater.py", "self.scaler.update(skipped)", "pass", DENSE),
     Edit(
         "gradients are not unscaled before AdamW",
-        "parallel/engine.py",
+        "parallel/updater.py",
         "factor /= self.scaler.scale",
         "factor /= 1.0",
         f"{STORED}[dense]",
     ),
     Edit(
         "the clip factor squared",
-        "parallel/engine.py",
+        "parallel/updater.py",
         "self.grad_clip / (norm + 1e-6))",
         "(self.grad_clip / (norm + 1e-6)) ** 2)",
         f"{STORED}[dense]",
@@ -100,37 +100,37 @@ EDITS = [
     Edit("evaluation with dropout on", "parallel/engine.py", ".eval()", ".train()", DENSE),
     Edit(
         "weight decay on biases and norms",
-        "parallel/optimizer.py",
-        '"weight_decay": 0.0}',
-        '"weight_decay": weight_decay}',
+        "parallel/updater.py",
+        '{"params": others, "weight_decay": 0.0}',
+        '{"params": others}',
         FIRST_STEPS,
     ),
     Edit(
         "an overflow leaves the run of good steps",
-        "parallel/optimizer.py",
+        "parallel/updater.py",
         "max(self.scale / 2, 1.0), 0",
         "max(self.scale / 2, 1.0), self.good_steps",
         DENSE,
     ),
     Edit(
         "the scale's good steps are not saved",
-        "parallel/checkpoint.py",
-        '"good_steps": engine.scaler.good_steps',
-        '"good_steps": 0',
+        "parallel/updater.py",
+        "asdict(self.scaler)}",
+        'asdict(self.scaler) | {"good_steps": 0}}',
         RESUMED,
     ),
     Edit(
         "the scale is not restored",
-        "parallel/checkpoint.py",
-        'if run["scaler"]["growth"] == engine.scaler.growth:',
+        "parallel/updater.py",
+        'if facts["scaler"]["growth"] == self.scaler.growth:',
         "if False:",
         RESUMED,
     ),
     Edit(
         "a checkpoint of another n_head is accepted",
-        "parallel/checkpoint.py",
-        '_MAY_CHANGE = ("dropout",',
-        '_MAY_CHANGE = ("n_head", "dropout",',
+        "run/state.py",
+        'MAY_CHANGE = ("dropout",',
+        'MAY_CHANGE = ("n_head", "dropout",',
         OTHER_SIZE,
     ),
     Edit(
@@ -196,8 +196,8 @@ EDITS = [
     Edit(
         "the balance loss is weighed twice",
         "model/gpt.py",
-        "objective = self.config.aux_loss_coef * aux_loss",
-        "objective = 2 * self.config.aux_loss_coef * aux_loss",
+        "objective = self.config.aux_loss_coef * metrics",
+        "objective = 2 * self.config.aux_loss_coef * metrics",
         MIXTURE,
     ),
     Edit(
@@ -210,8 +210,8 @@ EDITS = [
     Edit(
         "masks depend on the sample within its microbatch",
         "run/batches.py",
-        "targets.to(mesh.device), start, step))",
-        "targets.to(mesh.device), 0, step))",
+        "Context(step, start)",
+        "Context(step, 0)",
         DENSE,
     ),
     Edit("every step reads the first step's tokens", "run/batches.py", "data.batch(step, ", "data.batch(0, ", DENSE),
@@ -232,7 +232,7 @@ EDITS = [
     ),
     Edit(
         "good steps are counted past the window",
-        "parallel/optimizer.py",
+        "parallel/updater.py",
         "self.scale * 2, 0",
         "self.scale * 2, 1",
         SCALER,
@@ -252,7 +252,7 @@ EDITS = [
         "weight=Spec(shape, partial_over=REPLICAS, std=0.02)",
         f"{STORED}[mixture]",
     ),
-    Edit("a step that overflowed is taken", "parallel/engine.py", "if not skipped:", "if True:", SKIPPED),
+    Edit("a step that overflowed is taken", "parallel/updater.py", "if not skipped:", "if True:", SKIPPED),
     Edit("a GELU of the CPU forms' own", "kernels/cpu/gelu.py", "0.044715 *", "0.0447 *", kind("dense fused")),
     Edit(
         "two replicas' gradients are not averaged",
@@ -263,9 +263,9 @@ EDITS = [
     ),
     Edit(
         "only a rank's first stage is trained",
-        "parallel/engine.py",
-        "param for stage in stages for",
-        "param for stage in stages[:1] for",
+        "run/building.py",
+        "params = {name: param for stage in stages for",
+        "params = {name: param for stage in stages[:1] for",
         kind("dense interleaved"),
     ),
     Edit(
@@ -298,7 +298,7 @@ EDITS = [
     ),
     Edit(
         "a grad_clip of 0 clips to 0",
-        "parallel/engine.py",
+        "parallel/updater.py",
         "if self.grad_clip > 0 else",
         "if self.grad_clip >= 0 else",
         other("no clipping, no decay, other betas"),

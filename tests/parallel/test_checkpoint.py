@@ -10,6 +10,7 @@ import torch
 from heiretsu.kernels import plain
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.run import state
 from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from heiretsu.run.saving import Saver
@@ -24,7 +25,7 @@ def steps(mesh, config, first, stop, folder, load=False, save_after=None):
     engine = build_engine(config, mesh, plain)
     as_json = json.loads(config.to_json())
     if load:
-        assert checkpoint.load(checkpoint.complete(folder)[-1], engine, as_json) == first
+        assert state.load(checkpoint.complete(folder)[-1], engine, as_json) == first
     data = dataset(config.model.vocab_size, config.model.block_size)
     trace = Trace()
     said: list[str] = []
@@ -32,7 +33,7 @@ def steps(mesh, config, first, stop, folder, load=False, save_after=None):
     engine.note = saver.note
     for step in range(first, stop):
         report = engine.step(read_batches(config, mesh, data, step))
-        trace.losses.append(report.loss)
+        trace.losses.append(report.metrics["loss"])
         trace.grad_norms.append(report.grad_norm)
         saver.after(report)
         if step + 1 == save_after:
@@ -80,16 +81,16 @@ def saved(tmp_path, step=1, keep=9):
     config = config_on({})
     engine = build_engine(config, abstract_mesh(), plain)
     engine.step(read_batches(config, abstract_mesh(), dataset(67, 8), 0))
-    return engine, config, checkpoint.save(tmp_path, step, engine, json.loads(config.to_json()), keep)
+    return engine, config, state.save(tmp_path, step, engine, json.loads(config.to_json()), keep)
 
 
 def test_a_checkpoint_from_before_the_first_step_can_be_resumed(tmp_path):
     config = config_on({})
     as_json = json.loads(config.to_json())
     engine = build_engine(config, abstract_mesh(), plain)
-    path = checkpoint.save(tmp_path, 0, engine, as_json, keep=1)
+    path = state.save(tmp_path, 0, engine, as_json, keep=1)
     other = build_engine(replace(config, seed=5), abstract_mesh(), plain)
-    assert checkpoint.load(path, other, as_json) == 0
+    assert state.load(path, other, as_json) == 0
     assert all((other.params[name] == param).all() for name, param in engine.params.items())
 
 
@@ -112,10 +113,10 @@ def test_a_torn_checkpoint_is_refused_by_name(tmp_path):
     (path / ".metadata").unlink()
     assert checkpoint.complete(tmp_path) == []
     with pytest.raises(ValueError, match="step_00000001: not a complete checkpoint: .metadata missing"):
-        checkpoint.load(path, engine, json.loads(config.to_json()))
+        state.load(path, engine, json.loads(config.to_json()))
     shutil.rmtree(path)
     with pytest.raises(ValueError, match="there is no such checkpoint"):
-        checkpoint.load(path, engine, json.loads(config.to_json()))
+        state.load(path, engine, json.loads(config.to_json()))
 
 
 def test_another_model_is_refused_with_what_differs(tmp_path):
@@ -123,7 +124,7 @@ def test_another_model_is_refused_with_what_differs(tmp_path):
     config = run_config(replace(DENSE, n_layer=2))
     engine = build_engine(config, abstract_mesh(), plain)
     with pytest.raises(ValueError, match=r"another model: n_layer 4 \(this run: 2\), num_experts 4 \(this run: 0\)"):
-        checkpoint.load(path, engine, json.loads(config.to_json()))
+        state.load(path, engine, json.loads(config.to_json()))
 
 
 def test_every_size_that_differs_is_refused_by_name_though_the_shapes_fit(tmp_path):
@@ -132,19 +133,24 @@ def test_every_size_that_differs_is_refused_by_name_though_the_shapes_fit(tmp_pa
     for name, other in {"n_head": 2, "top_k": 1, "moe_freq": 4, "block_size": 4, "vocab_size": 66}.items():
         theirs = json.loads(replace(config, model=replace(model, **{name: other})).to_json())
         complaint = rf"another model: {name} {getattr(model, name)} \(this run: {other}\)"
-        for load in (checkpoint.load, checkpoint.load_parameters):
+        for load in (state.load, state.load_parameters):
             with pytest.raises(ValueError, match=complaint):
                 load(path, engine, theirs)
 
 
-def test_the_optimizers_step_lies_beside_its_parameter(tmp_path, monkeypatch):
-    """Where the fused update counts it up: on CUDA it refuses one on the CPU. Parameters without memory stand in."""
-    _, config, path = saved(tmp_path)
-    engine = build_engine(config, abstract_mesh(), plain)
-    for stage in engine.stages:
-        stage.to("meta")
-    engine.params = {name: param for stage in engine.stages for name, param in stage.named_parameters()}
-    engine.optimizer = torch.optim.AdamW(list(engine.params.values()))
-    monkeypatch.setattr(checkpoint.dcp, "load", lambda *_, **__: None)
-    checkpoint.load(path, engine, json.loads(config.to_json()))
-    assert {state["step"].device.type for state in engine.optimizer.state.values()} == {"meta"}
+class CountsElsewhere(torch.optim.SGD):
+    """Keeps its step counts where the fused updates do, on the parameter's device, for which one without memory stands
+    in: on CUDA they refuse one on the CPU."""
+
+    def step(self):
+        for param in self.param_groups[0]["params"]:
+            self.state[param]["step"] = torch.ones((), dtype=torch.float32, device="meta")
+
+
+def test_a_restored_step_count_lies_where_the_optimizer_keeps_it():
+    engine = build_engine(config_on({}), abstract_mesh(), plain)
+    engine.updater.optimizer = CountsElsewhere(list(engine.params.values()))
+    engine.updater.restore({"optimizer_steps": 3, "scaler": {"growth": 0, "scale": 1.0, "good_steps": 0}})
+    steps = [of_one["step"] for of_one in engine.updater.optimizer.state.values()]
+    assert len(steps) == len(engine.params) and engine.updater.steps == 3
+    assert {(step.device.type, step.dtype) for step in steps} == {("meta", torch.float32)}

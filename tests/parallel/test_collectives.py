@@ -3,10 +3,11 @@
 import torch
 import torch.distributed as dist
 
-from heiretsu.parallel import collectives
-from heiretsu.parallel.collectives import all_reduce, all_to_all, copy_to, gather_objects, reduce_from, sum_numbers
+from heiretsu.parallel import collectives, metrics
+from heiretsu.parallel.collectives import all_reduce, all_to_all, copy_to, gather_objects, reduce_from
 from heiretsu.parallel.expert import combine, dispatch
 from heiretsu.parallel.mesh import Axis
+from heiretsu.parallel.metrics import exchange
 
 
 def test_over_an_axis_of_one_each_is_the_identity():
@@ -15,7 +16,8 @@ def test_over_an_axis_of_one_each_is_the_identity():
     summed = all_reduce(x.T, one)
     assert torch.equal(summed, x.T) and summed.is_contiguous() and not summed.requires_grad
     assert summed.data_ptr() != x.data_ptr()
-    assert sum_numbers([1.5, 2.0], one, torch.device("cpu")) == [1.5, 2.0] and gather_objects("x", one) == ["x"]
+    assert exchange([torch.tensor([1.5, 2.0]).double()], [3, 0.5], one) == ([[1.5, 2.0]], [(3, 0.5)])
+    assert gather_objects("x", one) == ["x"]
 
 
 def test_a_rank_says_that_it_waits_for_others_while_it_does(monkeypatch):
@@ -32,7 +34,8 @@ def test_a_rank_says_that_it_waits_for_others_while_it_does(monkeypatch):
         def __exit__(self, *_):
             entered.append("out")
 
-    monkeypatch.setattr(collectives, "region", Region)
+    for module in (collectives, metrics):
+        monkeypatch.setattr(module, "region", Region)
     for name in ("all_reduce", "all_gather_object", "all_to_all_single"):
         monkeypatch.setattr(dist, name, lambda *_, **__: entered.append("waits"))
     two, x = Axis("tp", 2), torch.zeros(2)
@@ -40,7 +43,7 @@ def test_a_rank_says_that_it_waits_for_others_while_it_does(monkeypatch):
     read = [("all-reduce tp", True), "in", "out"]
     for call, expected in (
         (lambda: all_reduce(x, two), [("all-reduce tp", True), *inside]),
-        (lambda: sum_numbers([1.0], two, x.device), [("all-reduce tp", True), *inside, *read]),
+        (lambda: exchange([x.double()], [1.0], two), [("all-reduce tp", True), *inside, *read]),
         (lambda: gather_objects(1, two), [("gather over tp", True), *inside]),
         (lambda: all_to_all(x, [1, 1], [1, 1], two), [("all-to-all tp", True), *inside]),
     ):
@@ -63,7 +66,9 @@ def every_collective(mesh):
     y = all_to_all(x, send, receive, axis)
     found["exchange"] = y.detach().clone()
     (found["gradient of exchange"],) = torch.autograd.grad((y * weight).sum(), x)
-    found["numbers"] = sum_numbers([1 / 3, 1e9 + rank], axis, torch.device("cpu"))
+    sums = [torch.tensor(numbers, dtype=torch.float64) for numbers in ([1 / 3, 1e9 + rank], [2.0])]
+    found["numbers"] = exchange(sums, [0.5 + rank, 7], axis)
+    found["no news"] = exchange(sums[1:], [], axis)
     found["objects"] = gather_objects(("rank", rank), axis)
     return found
 
@@ -78,7 +83,9 @@ def test_two_ranks_by_hand(ranks):
         assert torch.equal(found["gradient of copy"], torch.tensor([3.0, 6.0]).expand(3, 2))
         assert torch.equal(found["reduce"], 2 * base + 10)
         assert torch.equal(found["gradient of reduce"], mine.expand(3, 2))
-        assert found["numbers"] == [2 / 3, 2e9 + 1]  # more than float32 holds
+        sums, told = found["numbers"]
+        assert sums == [[2 / 3, 2e9 + 1], [4.0]] and told == [(0.5, 7), (1.5, 7)]  # more than float32 holds
+        assert found["no news"] == ([[4.0]], [])
         assert found["objects"] == [("rank", 0), ("rank", 1)]
     assert torch.equal(first["exchange"], base[:1])
     assert torch.equal(second["exchange"], torch.cat([base[1:], base + 10]))

@@ -33,7 +33,7 @@ def recorded(mesh, config, bucket_bytes):
         return Watched(real(tensor, *args, **kwargs), tensor.numel())
 
     engine = build_engine(config, mesh, plain)
-    averager = engine.averager = data_parallel.GradientAverager(engine.params, engine.table, bucket_bytes)
+    averager = engine.updater.averager = data_parallel.GradientAverager(engine.params, engine.table, bucket_bytes)
     for name, param in engine.params.items():
         param.register_post_accumulate_grad_hook(lambda _, name=name: events.append(("ready", name)))
     batches = read_batches(config, mesh, dataset(67, 8), 0)
@@ -65,7 +65,7 @@ def grads_are_views(mesh, config):
     return {
         name: any(
             param.grad.untyped_storage().data_ptr() == bucket.flat.untyped_storage().data_ptr()
-            for bucket in engine.averager.buckets
+            for bucket in engine.updater.averager.buckets
         )
         for name, param in engine.params.items()
     }

@@ -11,10 +11,10 @@ import torch
 from heiretsu.kernels import plain
 from heiretsu.model.config import ModelConfig
 from heiretsu.model.gpt import GPT
-from heiretsu.parallel import checkpoint
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.parallel.pipeline import Microbatch
 from heiretsu.run import conversion as hf
+from heiretsu.run import state
 from heiretsu.run.building import build_engine
 from heiretsu.run.options import parse_args
 from heiretsu.run.saved import load_model
@@ -107,12 +107,12 @@ def evaluate_step_evaluate(mesh, source: Path, out: Path, sizes: dict) -> tuple[
     config = parse_args([*FLAGS.split(), *(f"--{name}={size}" for name, size in sizes.items())], mesh.world.size)
     engine = build_engine(config, mesh, plain)
     as_json = json.loads(config.to_json())
-    checkpoint.load_parameters(source, engine, as_json)
+    state.load_parameters(source, engine, as_json)
     batch = [Microbatch(ids()[:, :-1], ids()[:, 1:])]
-    before = engine.evaluate(batch)
+    before = engine.evaluate(batch)["loss"]
     engine.step(batch)
-    after = engine.evaluate(batch)
-    checkpoint.save(out, 1, engine, as_json, keep=1)
+    after = engine.evaluate(batch)["loss"]
+    state.save(out, 1, engine, as_json, keep=1)
     return before, after
 
 
@@ -196,7 +196,7 @@ def test_nothing_is_written_over(imported, published, tmp_path):
 def test_a_mixture_is_not_exported(tmp_path):
     config = parse_args([*FLAGS.split(), "--num_experts", "2"], world_size=1)
     engine = build_engine(config, abstract_mesh(), plain)
-    checkpoint.save(tmp_path, 5, engine, json.loads(config.to_json()), keep=1)
+    state.save(tmp_path, 5, engine, json.loads(config.to_json()), keep=1)
     with pytest.raises(ValueError, match="2 experts have no form in GPT-2"):
         hf.export_gpt2(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

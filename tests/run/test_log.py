@@ -24,7 +24,7 @@ def steps_said(seconds_per_step, max_iters, monkeypatch, capsys, skipped=()) -> 
     log = run_log.RunLog(parse_args(["--max_iters", str(max_iters)], world_size=1), abstract_mesh())
     for step in range(min(200, max_iters)):
         now += seconds_per_step
-        report = StepReport(2.0, 0.0, 1.0, step in skipped)
+        report = StepReport({}, 1.0, step in skipped)
         log.write({"step": step, "loss": 2.0, "tokens_per_s": 1.0}, report)
     return [int(line.split("/")[0].removeprefix("step")) for line in capsys.readouterr().out.splitlines()]
 
@@ -51,7 +51,7 @@ def mfu(tmp_path, flags: str, mesh) -> float:
     """What the log file says of a step of a million tokens a second."""
     path = tmp_path / "log.jsonl"
     log = run_log.RunLog(parse_args([*flags.split(), "--log_file", str(path)], world_size=mesh.world.size), mesh)
-    log.write({"step": 0, "loss": 2.0, "tokens_per_s": 1e6}, StepReport(2.0, 0.0, 1.0, False))
+    log.write({"step": 0, "loss": 2.0, "tokens_per_s": 1e6}, StepReport({}, 1.0, False))
     log.close()
     return json.loads(path.read_text())["mfu"]
 
@@ -84,7 +84,7 @@ def log_of(tmp_path, *flags):
 def write_steps(config, steps, run_id=None, **numbers):
     log = run_log.RunLog(config, abstract_mesh(), steps[0], run_id)
     for step in steps:
-        log.write({"step": step, "loss": 2.0 + step, "tokens_per_s": 1.0, **numbers}, StepReport(2.0, 0.0, 1.0, False))
+        log.write({"step": step, "loss": 2.0 + step, "tokens_per_s": 1.0, **numbers}, StepReport({}, 1.0, False))
     log.close()
 
 

@@ -28,7 +28,7 @@ def stop(*flags, ranks=1):
 
 
 def report(skipped=False, notes=(0,)):
-    return StepReport(2.0, 0.0, 1.0, skipped, not_finite="wte.weight is not finite" if skipped else "", notes=notes)
+    return StepReport({}, 1.0, skipped, not_finite="wte.weight is not finite" if skipped else "", notes=notes)
 
 
 def handled(stopping):

@@ -1,11 +1,11 @@
-"""The loss scale beside torch.amp.GradScaler's."""
+"""The loss scale beside torch.amp.GradScaler's; any optimizer; and all that ranks tell each other in one message."""
 
 import math
 import random
 
 import torch
 
-from heiretsu.parallel.optimizer import LossScaler
+from heiretsu.parallel.updater import LossScaler
 
 
 def test_the_scale_moves_as_torchs_gradscaler_moves_it():

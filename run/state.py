@@ -1,0 +1,61 @@
+"""A run's state as its checkpoints hold it, and back: the updater's pieces, its facts, and the run's configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from heiretsu.parallel import checkpoint
+from heiretsu.parallel.checkpoint_seal import read_run, verify
+from heiretsu.parallel.engine import Engine
+
+# Of a model whose parameters stay what they are; the rest of it cannot differ from the checkpoint's.
+MAY_CHANGE = ("dropout", "aux_loss_coef")
+
+
+def save(directory: str | os.PathLike, step: int, engine: Engine, config: dict, keep: int, **facts: Any) -> Path:
+    """Save what the engine has come to after `step` steps. All ranks call it. Returns the checkpoint's path.
+
+    config: of the run, JSON. keep, and what is raised: see `checkpoint.save`. facts: more for run.json.
+    """
+    return checkpoint.save(directory, step, engine.updater.pieces(), facts_of(engine, config, facts), keep)
+
+
+def facts_of(engine: Engine, config: dict, facts: dict[str, Any]) -> dict[str, Any]:
+    """What run.json holds besides step and format."""
+    return {**engine.updater.facts(), **facts, "config": config}
+
+
+def load(path: str | os.PathLike, engine: Engine, config: dict, verified: bool = False) -> int:
+    """Restore what `save` stored, on any mesh. Returns the number of steps that were done. All ranks call it.
+
+    verified: `verify` has passed it just now. Raises ValueError, in one line, for a torn or damaged checkpoint, another
+    format or another model.
+    """
+    run = _matching_run(path, engine, config, verified)
+    engine.updater.restore(run)
+    checkpoint.read(path, engine.updater.pieces())
+    return run["step"]
+
+
+def load_parameters(path: str | os.PathLike, engine: Engine, config: dict, verified: bool = False) -> None:
+    """The parameters alone, to begin a new run from. Raises ValueError like `load`."""
+    _matching_run(path, engine, config, verified)
+    pieces = engine.updater.pieces()
+    checkpoint.read(path, {name: piece for name, piece in pieces.items() if name.startswith("model/")})
+
+
+def _matching_run(path: str | os.PathLike, engine: Engine, config: dict, verified: bool) -> dict:
+    """run.json, if the checkpoint is whole, and of the model and dtype that config asks for."""
+    if not verified:
+        verify(path, engine.mesh)
+    run = read_run(path)
+    theirs, ours = run["config"]["model"], config["model"]
+    differing = [key for key in ours if theirs.get(key) != ours[key] and key not in MAY_CHANGE]
+    other = [f"{key} {theirs.get(key)} (this run: {ours[key]})" for key in differing]
+    if other:
+        raise ValueError(f"{path}: the checkpoint is of another model: {', '.join(other)}")
+    if run["config"]["dtype"] != config["dtype"]:
+        raise ValueError(f"{path}: the checkpoint has --dtype {run['config']['dtype']}, not {config['dtype']}")
+    return run
