@@ -143,7 +143,7 @@ def read(path: str | os.PathLike, pieces: Mapping[str, Piece]) -> None:
     """Write what is stored under their names into the pieces. All ranks call it, whatever the mesh that saved.
 
     ValueError on every rank alike, where reading fails on any. A sealed checkpoint was verified; this is for the
-    others, for a disk that fails in between, and for pieces that another kind of run has.
+    others, and for a disk that fails in between.
     """
     with _quiet():
         try:
@@ -153,7 +153,7 @@ def read(path: str | os.PathLike, pieces: Mapping[str, Piece]) -> None:
 
 
 def stored_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """The whole shape of each tensor of a checkpoint, by its stored name: model/..., exp_avg/..., exp_avg_sq/..."""
+    """The whole shape of each tensor of a checkpoint, by its stored name."""
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     return {name: tuple(meta.size) for name, meta in stored.items() if isinstance(meta, TensorStorageMetadata)}
 

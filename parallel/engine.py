@@ -87,8 +87,8 @@ class Engine:
             compute_s = time.monotonic() - began - (ACTIVITY.waited_s - waited)
             with region("optimizer"):
                 squares, bad = self.updater.squares()
-                shares = totals.sums(self.metrics, len(batches), self.mesh)
-                sums, told = exchange([squares, *shares, bad], (compute_s, self.note()), self.mesh.world)
+                shares = [squares, *totals.shares(len(batches), self.mesh), bad]
+                sums, told = exchange(shares, (compute_s, self.note()), self.mesh.world)
                 norm, skipped = self.updater.apply(sums[0][0], sums[-1][0])
             # By what all ranks have heard, and not by `skipped`: no rank may be alone in a collective.
             not_finite = self._first_not_finite(totals) if sums[-1][0] or not math.isfinite(sums[0][0]) else ""
@@ -106,7 +106,7 @@ class Engine:
             if here is None and not all(finite):
                 place = finite.index(False)
                 here = index * self.mesh.pp.size + self.mesh.pp.index, place, named[place][0]
-        found = gather_objects((here, totals.not_finite(self.metrics)), self.mesh.world)
+        found = gather_objects((here, totals.not_finite()), self.mesh.world)
         first = min((where for where, _ in found if where is not None), default=None)
         if first is None:
             return "the gradient's norm overflowed"
@@ -125,7 +125,8 @@ class Engine:
         actions = lower(forward_only(self.mesh.pp.size, len(batches), len(self.stages)))[self.mesh.pp.index]
         with region("evaluation"):
             totals = self._run(actions, batches, 1.0)
-            return self._shaped(exchange(totals.sums(self.metrics, len(batches), self.mesh), (), self.mesh.world)[0])
+            sums, _ = exchange(totals.shares(len(batches), self.mesh), (), self.mesh.world)
+        return self._shaped(sums)
 
     def _run(self, actions: Sequence[Action], batches: Sequence[Microbatch], loss_scale: float) -> Totals:
         return run_schedule(actions, self.stages, batches, self.mesh, loss_scale)

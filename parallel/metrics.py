@@ -7,7 +7,6 @@ stay on the device until all ranks have added theirs, and the host reads once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,29 +24,31 @@ class Metric(NamedTuple):
     rule: Literal["mean", "sum"] = "mean"
 
 
-@dataclass
 class Totals:
     """What this rank's stages gave for its microbatches, in that order: on the device, so that nothing waits."""
 
-    given: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    def __init__(self, declared: Mapping[str, Metric]):
+        self.declared = declared
+        self.given: dict[str, list[torch.Tensor]] = {name: [] for name in declared}
 
     def add(self, metrics: Mapping[str, torch.Tensor]) -> None:
         for name, value in metrics.items():
-            self.given.setdefault(name, []).append(value.detach())
+            assert value.shape == self.declared[name].shape, f"{name} is {tuple(value.shape)}, not as it was declared"
+            self.given[name].append(value.detach())
 
-    def sums(self, declared: Mapping[str, Metric], num_microbatches: int, mesh: Mesh) -> list[torch.Tensor]:
-        """This rank's share of each declared metric, flat: over all ranks they add up to what its rule says."""
+    def shares(self, num_microbatches: int, mesh: Mesh) -> list[torch.Tensor]:
+        """This rank's share of each metric, a float64 vector: over all ranks they add up to what its rule says."""
         shares = []
-        for name, metric in declared.items():
-            given = self.given.get(name, []) if mesh.tp.index == 0 else []  # the ranks of tp hold copies
+        for name, metric in self.declared.items():
+            given = self.given[name] if mesh.tp.index == 0 else []  # the ranks of tp hold copies
             given = given or [torch.zeros(metric.shape, device=mesh.device)]
             share = widened(torch.stack([value.flatten() for value in given])).cumsum(0)[-1]  # in the order given
             shares.append(share / (num_microbatches * mesh.replica.size) if metric.rule == "mean" else share)
         return shares
 
-    def not_finite(self, declared: Mapping[str, Metric]) -> list[str]:
+    def not_finite(self) -> list[str]:
         """Names of the metrics of which this rank gave what is NaN or inf. Waits for them."""
-        return [name for name in declared if not all(bool(x.isfinite().all()) for x in self.given.get(name, []))]
+        return [name for name, given in self.given.items() if not all(bool(x.isfinite().all()) for x in given)]
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:

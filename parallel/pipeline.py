@@ -111,7 +111,7 @@ def run_schedule(
 
     stages: those of this rank, the i-th being stage i * pp + pp_rank of the model. batches: one for each microbatch.
     """
-    totals, sends = Totals(), _Sends()
+    totals, sends = Totals(stages[0].metrics), _Sends()
     flights: dict[tuple[int, int], _InFlight] = {}  # (microbatch, stage)
 
     for action in actions:

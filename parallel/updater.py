@@ -47,8 +47,8 @@ class Updater:
     """Owns the gradients, the optimizer and its state. A step: `prepare`, the backward passes, `reduce`, `squares`,
     whose sums over all ranks go to `apply`.
 
-    params, table: of this rank, by name. make_optimizer: of groups as torch.optim takes them; one of them sets
-    weight_decay to 0. grad_clip: largest gradient norm, 0 for no clipping. steps: that the optimizer has taken.
+    params, table: of this rank, by name; each has a gradient in every step. make_optimizer: of the groups that
+    `optimizer_groups` makes. grad_clip: largest gradient norm, 0 for no clipping. steps: that the optimizer has taken.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -21,13 +22,15 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
 
 
-def build_engine(config: RunConfig, mesh: Mesh, ops: ModuleType) -> Engine:
-    """The run's engine on this rank: initialised stages and AdamW. ops: heiretsu.kernels.plain or .fused."""
+def adamw(groups: list[dict[str, Any]], config: RunConfig) -> torch.optim.Optimizer:
+    """Loshchilov and Hutter 2017, arXiv:1711.05101. groups: as `Updater` makes them."""
+    lr, decay = config.learning_rate, config.weight_decay
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, weight_decay=decay, fused=True)
 
-    def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        lr, decay = config.learning_rate, config.weight_decay
-        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, weight_decay=decay, fused=True)
 
+def build_engine(config: RunConfig, mesh: Mesh, ops: ModuleType, make_optimizer: Callable = adamw) -> Engine:
+    """The run's engine on this rank, its stages initialised. ops: heiretsu.kernels.plain or .fused. make_optimizer:
+    of parameter groups and config."""
     dtype = getattr(torch, config.dtype)
     compute_dtype = COMPUTE_DTYPES.get(config.amp, dtype)
     loss_scale = config.loss_scale or (FP16_LOSS_SCALE if config.amp == "fp16" else None)
@@ -42,7 +45,8 @@ def build_engine(config: RunConfig, mesh: Mesh, ops: ModuleType) -> Engine:
             for block in stage.blocks.values():
                 block.compile()
     params = {name: param for stage in stages for name, param in stage.named_parameters()}
-    return Engine(stages, mesh, schedule, Updater(params, table, adamw, config.grad_clip, scaler))
+    updater = Updater(params, table, lambda groups: make_optimizer(groups, config), config.grad_clip, scaler)
+    return Engine(stages, mesh, schedule, updater)
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -31,11 +31,18 @@ def load(path: str | os.PathLike, engine: Engine, config: dict, verified: bool =
     """Restore what `save` stored, on any mesh. Returns the number of steps that were done. All ranks call it.
 
     verified: `verify` has passed it just now. Raises ValueError, in one line, for a torn or damaged checkpoint, another
-    format or another model.
+    format, model or optimizer.
     """
     run = _matching_run(path, engine, config, verified)
     engine.updater.restore(run)
-    checkpoint.read(path, engine.updater.pieces())
+    pieces = engine.updater.pieces()
+    theirs, ours = ({name.partition("/")[0] for name in names} for names in (checkpoint.stored_shapes(path), pieces))
+    if theirs != ours:
+        held, kept = (" and ".join(sorted(kinds - {"model"})) or "nothing" for kinds in (theirs, ours))
+        raise ValueError(
+            f"{path}: of another optimizer: it holds {held} of each parameter, and this run's keeps {kept}"
+        )
+    checkpoint.read(path, pieces)
     return run["step"]
 
 
