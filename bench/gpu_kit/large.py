@@ -16,12 +16,12 @@ import torch
 
 from heiretsu.bench.gpu_kit.kit import Kit
 from heiretsu.kernels import fused
+from heiretsu.kernels.agreement import ULPS, disagreements
 from tests.kernels.parity import Case
 
 SPAN = 2**31 + 2**20
 REHEARSED_SPAN = 2**13
 TAIL = 8  # rows at the end that are compared
-ULPS = 4
 
 
 def far_dims(case: Case, dtype: torch.dtype) -> list[tuple[str, int]]:
@@ -222,17 +222,7 @@ def _check_lse(inputs, end, whole, weights, alone) -> None:
 
 def agree(ours: dict, theirs: dict, where: str, ulps: int = ULPS) -> None:
     """Every tensor within some ulps of its largest element, integers equal. Raises AssertionError."""
-    wrong = []
-    for name, expected in theirs.items():
-        found = ours[name]
-        if expected.dtype.is_floating_point:
-            scale = expected.abs().max().item() if expected.numel() else 0.0
-            error = (found.float() - expected.float()).abs().max().item() if expected.numel() else 0.0
-            allowed = ulps * max(torch.finfo(t.dtype).eps for t in (*theirs.values(),) if t.dtype.is_floating_point)
-            if not error <= allowed * scale:
-                wrong.append(f"{name} is off by {error:.3g}, where its largest element is {scale:.3g}")
-        elif not torch.equal(found, expected):
-            wrong.append(f"{name} differs in {int((found != expected).sum())} of {expected.numel()} elements")
+    wrong = disagreements(ours, theirs, ulps=ulps)
     assert not wrong, f"{where}: " + "; ".join(wrong)
 
 

@@ -22,6 +22,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
+from heiretsu.kernels.agreement import disagreements
 from heiretsu.kernels.control import CONTROL
 from heiretsu.kernels.gpu.autotune_cache import Cache, cache_file
 from heiretsu.kernels.gpu.launch import Entry
@@ -33,6 +34,7 @@ Run = Callable[[], Mapping[str, torch.Tensor]]  # a call's forward and backward:
 FIXED = ("ROWS", "SPLIT_V", "BUFFER_ELEMENTS")
 CLASSES_OF_A_KIND = ("ampere", "hopper", "blackwell")  # each may learn from the others' entries; cdna3 has other units
 NOISE = 0.02  # of the time: what differs by less is taken to be equal
+REORDERED = 1e-5  # of a tensor's largest element: what other tiles, and so another order of sums, may change in float32
 
 
 def candidates(entry: Entry) -> list[dict]:
@@ -146,29 +148,14 @@ def _best(entry: Entry, call: str, run: Run, clock, deadline: float, say) -> dic
         if now >= (1 - NOISE) * before:
             break
         CONTROL.chosen[entry] = parameters
-        if wrong := _disagreement(run(), expected):
-            drop(parameters, f"WRONG RESULTS: {wrong}")
+        if wrong := disagreements(run(), expected, least=REORDERED):
+            drop(parameters, f"WRONG RESULTS: {'; '.join(wrong)}")
         elif measure(parameters) < (1 - NOISE) * measure(table):  # again: the best of several is best by luck, too
             outcome = f"{before:.3f} -> {now:.3f} ms with {_difference(entry, parameters)}"
             table = parameters
             break
     say(f"autotune: {_title(entry)} in {call}: {1 + len(others)} candidates, {outcome}")
     return table
-
-
-def _disagreement(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str | None:
-    """What differs by more than the order of summation explains, in words; None if nothing does."""
-    floats = [tensor.dtype for tensor in expected.values() if tensor.is_floating_point()]
-    allowed = max([1e-5, *(4 * torch.finfo(dtype).eps for dtype in floats)])  # of a tensor's largest element
-    for name, theirs in expected.items():
-        if theirs.is_floating_point() and theirs.numel():
-            wide = torch.promote_types(theirs.dtype, torch.float32)
-            error, scale = (t.abs().max().item() for t in (found[name].to(wide) - theirs.to(wide), theirs.to(wide)))
-            if not error <= allowed * scale:  # NaN is not
-                return f"{name} is off by {error:.2g}, where its largest element is {scale:.2g}"
-        elif not torch.equal(found[name], theirs):
-            return f"{name}, which must be equal, is not"
-    return None
 
 
 def _kernels(entries: Collection[Entry]) -> str:
