@@ -18,12 +18,13 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch.autograd import forward_ad
 
 from heiretsu.kernels.random import signed
+from heiretsu.kernels.versions import may_carry_tangent, taking_forward_derivatives
 
 P = ParamSpec("P")
 R = TypeVar("R")
+CHECKS: dict[str, Callable[..., None]] = {}  # {op: its check}, filled by `check_of` below, once and for all
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST_HEAD_DIM = 256  # this and the next two: what the Triton kernels have tiles for
@@ -63,13 +64,10 @@ def own_dtypes(function: Callable[P, R]) -> Callable[P, R]:
 
 def reverse_mode_only(op: str, *tensors) -> None:
     """Raise where a tensor carries a forward-mode tangent: an operator of torch.library would answer with one of 0."""
-    if forward_ad._current_level < 0:  # nobody is taking forward-mode derivatives
+    if not taking_forward_derivatives():
         return
     for t in tensors:
-        if t is None:
-            continue
-        # A tensor that torch.func has wrapped may hide its tangent in a layer below.
-        if torch._C._functorch.is_functorch_wrapped_tensor(t) or forward_ad.unpack_dual(t).tangent is not None:
+        if t is not None and may_carry_tangent(t):
             raise NotImplementedError(
                 f"{op}: the fused form has no forward-mode derivative (torch.func.jvp, jacfwd, hessian); take "
                 f"heiretsu.kernels.plain.{op}, or reverse mode (backward, torch.func.vjp, jacrev)"
@@ -80,6 +78,17 @@ def attention_options(q, causal, scale, dropout_p, seed, offsets) -> tuple:
     """What attention's operators take behind q, k, v, of checked arguments: causal, scale, p, seed and both offsets."""
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     return causal, scale, float(dropout_p), signed(seed), *offsets
+
+
+def check_of(*ops: str):
+    """Makes a function the check of these ops. Python's words about an argument too many or missing name the op."""
+
+    def register(check: Callable[..., None]) -> Callable[..., None]:
+        check.__qualname__ = ops[0]
+        CHECKS.update(dict.fromkeys(ops, check))
+        return check
+
+    return register
 
 
 def _refuse(op: str, name: str, given, wanted: str):
@@ -146,6 +155,7 @@ def _mask(op, name, p, seed):
     _integer(op, "seed", seed, -(2**63), 2**64 - 1, "a number of 64 bits, -2**63 .. 2**64 - 1")
 
 
+@check_of("attention", "attention_lse")
 def _attention(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=(0, 0)):
     op, keys = "attention", "(B, Hkv, S, D)"
     for name, t, letters in (("q", q, "(B, H, T, D)"), ("k", k, keys), ("v", v, keys)):
@@ -172,6 +182,7 @@ def _attention(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=
         _integer(op, "an offset", offset, 0, LARGEST_OFFSET, f"in 0..{LARGEST_OFFSET}")
 
 
+@check_of("bias_gelu")
 def _bias_gelu(x, bias):
     op = "bias_gelu"
     _tensor(op, "x", x, "(..., F)")
@@ -182,6 +193,7 @@ def _bias_gelu(x, bias):
     _one_device(op, x=x, bias=bias)
 
 
+@check_of("dropout")
 def _dropout(x, p, seed, offset=0):
     op = "dropout"
     _tensor(op, "x", x, "(B, T, C)")
@@ -190,6 +202,7 @@ def _dropout(x, p, seed, offset=0):
     _integer(op, "offset", offset, 0, LARGEST_OFFSET, f"in 0..{LARGEST_OFFSET}, the global sample of x[0]")
 
 
+@check_of("layer_norm")
 def _layer_norm(x, weight, bias, eps=1e-5, residual=None):
     op = "layer_norm"
     _tensor(op, "x", x, "(..., C)")
@@ -209,6 +222,7 @@ def _layer_norm(x, weight, bias, eps=1e-5, residual=None):
     _number(op, "eps", eps, "finite and not negative")
 
 
+@check_of("route")
 def _route(logits, top_k):
     op = "route"
     _tensor(op, "logits", logits, "(N, E)")
@@ -219,6 +233,7 @@ def _route(logits, top_k):
     _integer(op, "top_k", top_k, 1, E, f"in 1..{E}, the number of experts")
 
 
+@check_of("expert_mlp")
 def _expert_mlp(x, experts, gates, w1, b1, w2, b2):
     op = "expert_mlp"
     _tensor(op, "x", x, "(N, C)")
@@ -248,6 +263,7 @@ def _expert_mlp(x, experts, gates, w1, b1, w2, b2):
     _one_device(op, x=x, experts=experts, gates=gates, w1=w1, b1=b1, w2=w2, b2=b2)
 
 
+@check_of("linear_cross_entropy")
 def _linear_cross_entropy(x, weight, targets, vocab_start=0):
     op = "linear_cross_entropy"
     _tensor(op, "x", x, "(N, C)")
@@ -260,15 +276,3 @@ def _linear_cross_entropy(x, weight, targets, vocab_start=0):
     _shape(op, "targets", targets, (N,), "(N,)", x=x)
     _integer(op, "vocab_start", vocab_start, 0, LARGEST_OFFSET, f"in 0..{LARGEST_OFFSET}, the first word of weight")
     _one_device(op, x=x, weight=weight, targets=targets)
-
-
-CHECKS: dict[str, Callable[..., None]] = {
-    "attention": _attention,
-    "attention_lse": _attention,
-    "bias_gelu": _bias_gelu,
-    "dropout": _dropout,
-    "layer_norm": _layer_norm,
-    "route": _route,
-    "expert_mlp": _expert_mlp,
-    "linear_cross_entropy": _linear_cross_entropy,
-}

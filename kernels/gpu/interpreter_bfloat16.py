@@ -13,6 +13,8 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from heiretsu.kernels.versions import give_interpreter_bfloat16_constants
+
 FLOATS = {tl.bfloat16, tl.float16, tl.float32, tl.float64}
 
 
@@ -52,8 +54,7 @@ def install() -> None:
     _patch(InterpreterBuilder, "create_dot", _dot)
     _patch(InterpreterBuilder, "cast_impl", _cast)  # create_fp_trunc and the other casts call it
     _patch(InterpreterBuilder, "create_fp_to_fp", _cast_with_rounding)
-    if not hasattr(InterpreterBuilder, "get_bf16"):  # bfloat16 constants, before Triton 3.9
-        InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(to_bits(np.array([value])), tl.bfloat16)
+    give_interpreter_bfloat16_constants(lambda value: TensorHandle(to_bits(np.array([value])), tl.bfloat16))
     # Reductions and scans with a combine function of Triton's own do not go through the builder.
     for owner, names in ((interpreter.ReduceOps, ("sum", "min_max")), (interpreter.ScanOps, ("cumsum", "cumprod"))):
         for name in names:

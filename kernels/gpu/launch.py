@@ -18,8 +18,9 @@ import triton.language as tl
 
 from heiretsu.kernels.control import CONTROL
 from heiretsu.kernels.recording import Launch
+from heiretsu.kernels.versions import triton_interprets, unspecialised
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # @triton.jit reads it once too, at decoration
+INTERPRETED = triton_interprets()
 if INTERPRETED:  # whoever imports a kernel gets it right: without this, bfloat16 trains on garbage
     from heiretsu.kernels.gpu import interpreter_bfloat16, interpreter_launches
 
@@ -163,15 +164,13 @@ def describe(kernel, entry: Entry, grid: tuple[int, ...], args: tuple, constants
     options = {name: constants[name] for name in ("num_warps", "num_stages")}
     kernel_arguments = inspect.signature(kernel.fn)
     given = kernel_arguments.bind(*args, **{n: v for n, v in constants.items() if n not in options}).arguments
-    decorated = getattr(kernel, "kwargs", {}).get("do_not_specialize")  # of an interpreted function
-    unspecialised = getattr(kernel, "do_not_specialize", decorated) or ()
-    signature, constexprs = {}, {}
+    signature, constexprs, plain_integers = {}, {}, unspecialised(kernel)
     for name, value in given.items():
         constant = kernel_arguments.parameters[name].annotation is tl.constexpr
-        if constant or value is None or (isinstance(value, int) and value == 1 and name not in unspecialised):
+        if constant or value is None or (isinstance(value, int) and value == 1 and name not in plain_integers):
             constexprs[name] = value
         else:
-            signature[name] = _triton_type(value, name not in unspecialised)
+            signature[name] = _triton_type(value, name not in plain_integers)
     return Launch(kernel, entry, grid, signature, constexprs, **options)
 
 

@@ -266,9 +266,18 @@ def test_every_form_is_checked_and_has_the_signature_of_the_specification(op):
         ]
 
 
-def test_a_missing_argument_is_a_type_error_that_names_it():
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
-        fused.bias_gelu(bias=torch.ones(3))
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (dict(bias=torch.ones(3)), "bias_gelu() missing 1 required positional argument: 'x'"),
+        (dict(x=torch.ones(3)), "bias_gelu() missing 1 required positional argument: 'bias'"),
+        (dict(x=1, bias=2, scale=3), "bias_gelu() got an unexpected keyword argument 'scale'"),
+    ],
+)
+def test_an_argument_too_many_or_missing_is_a_type_error_that_names_it_and_the_op(given, line):
+    for form in (*all_forms("bias_gelu").values(), fused.bias_gelu):
+        with pytest.raises(TypeError, match=f"^{re.escape(line)}$"):
+            form(**given)
 
 
 @pytest.mark.parametrize("offsets", [(2**31, 0), (2**62, 2**31 + 1)])

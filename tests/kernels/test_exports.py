@@ -1,0 +1,65 @@
+"""How others come by the ops: names in heiretsu.kernels, at no cost until they are asked for, with types."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import heiretsu.kernels
+from heiretsu.kernels import fused, plain
+from tests.kernels.samples import OPS
+
+KERNELS = Path(heiretsu.kernels.__file__).parent
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_package_exports_the_fast_forms(op):
+    assert getattr(heiretsu.kernels, op) is getattr(fused, op) is not getattr(plain, op)
+
+
+def test_what_is_no_op_is_no_attribute():
+    with pytest.raises(AttributeError, match="module 'heiretsu.kernels' has no attribute 'attentoin'"):
+        _ = heiretsu.kernels.attentoin
+    with pytest.raises(ImportError):
+        from heiretsu.kernels import nothing  # noqa: F401
+
+
+def test_importing_the_package_imports_neither_torch_nor_triton():
+    program = "import sys, heiretsu.kernels; sys.exit(str(len({'torch', 'triton'} & {*sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.strip() == "0", done.stderr
+
+
+CALLS = """
+from heiretsu.kernels import bias_gelu, fused
+fused.attention(1, 2, 3)
+bias_gelu(bias=None)
+fused.dropout(x=None, p=0.1, sed=3)
+gates, experts, more = fused.route(None, 2)
+reveal_type(fused.linear_cross_entropy)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
+def test_the_type_checker_sees_the_specification_s_signatures(tmp_path):
+    (tmp_path / "heiretsu").mkdir()
+    (tmp_path / "heiretsu/kernels").symlink_to(KERNELS)
+    (tmp_path / "calls.py").write_text(CALLS)
+    command = [sys.executable, "-m", "mypy", "--config-file", KERNELS.parent / "pyproject.toml", "calls.py"]
+    environment = os.environ | {"MYPYPATH": str(tmp_path)}
+    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+    for line, words in enumerate(
+        (
+            'Argument 1 has incompatible type "int"; expected "Tensor"',
+            "Too few arguments",
+            'Unexpected keyword argument "sed"',
+            "Need more than 2 values to unpack (3 expected)",
+            "def (x: torch._tensor.Tensor, weight: torch._tensor.Tensor, targets: torch._tensor.Tensor, vocab_start:",
+        ),
+        start=3,
+    ):
+        assert any(told.startswith(f"calls.py:{line}: ") and words in told for told in said.splitlines()), said
