@@ -22,6 +22,7 @@ import contextlib
 
 from heiretsu.data.terminal import escape_what_cannot_be_printed
 from heiretsu.parallel.mesh import make_mesh
+from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from heiretsu.run.folders import held_folder
 from heiretsu.run.header import describe
@@ -57,9 +58,9 @@ def run(mine: Prepared) -> None:
             check_changes(config, origin, facts["data"], say)
         except ValueError as error:
             refuse(error)
-        if config.autotune:
-            tune_kernels(config, mesh)
         engine = build_engine(config, mesh, mine.ops)
+        if config.autotune:
+            tune_kernels(engine, read_batches(config, mesh, mine.train_data, step=0))
         hosts = gather_hosts(mesh)
         if config.local_checkpoints and not hosts.only_dp_crosses():
             refuse(f"--local_checkpoints: only dp may run between hosts, and here {', '.join(hosts.crossing())} does")

@@ -37,6 +37,7 @@ from heiretsu.data.terminal import escape_what_cannot_be_printed
 from heiretsu.kernels import fused, plain
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
+from heiretsu.parallel.pipeline import Microbatch
 from heiretsu.run.batches import microbatches
 from heiretsu.run.building import build_engine, count_parameters
 from heiretsu.run.cpu_memory import keep_freed_memory
@@ -88,9 +89,13 @@ class Run:
 
     def step(self) -> float:
         """One optimizer step; returns its loss, which every rank has waited for."""
-        batches = microbatches(self.config, self.mesh, self._read, self.step_idx)
+        batches = self.batches()
         self.step_idx += 1
         return self.engine.step(batches).metrics["loss"]
+
+    def batches(self) -> list[Microbatch]:
+        """Of the next step."""
+        return microbatches(self.config, self.mesh, self._read, self.step_idx)
 
     def _read(self, samples: range) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.tokens[samples.start : samples.stop]

@@ -11,10 +11,12 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import triton
 
+from heiretsu.bench import train as steps_of
 from heiretsu.bench import workloads
 from heiretsu.bench.gpu_kit import published, rehearsal, trace
 from heiretsu.bench.gpu_kit.device import compiled_variants, resources
@@ -31,7 +33,7 @@ from heiretsu.offgpu.emulator import installed
 from heiretsu.offgpu.machines import machine
 from heiretsu.parallel.mesh import make_mesh
 from heiretsu.run.options import parse_args
-from heiretsu.run.tuning import kernel_calls
+from heiretsu.run.tuning import call_runs, record_calls
 from tests.kernels import forms
 from tests.kernels.cases import all_cases
 from tests.kernels.parity import Case, dtype_name, run
@@ -130,10 +132,10 @@ def compare_launches(kit: Kit, flags: list[str]) -> None:
 def call_kernels(kit: Kit, flags: list[str], limit: tuple[str, ...] = ()) -> None:
     """Forward and backward of each op of a model as its training calls it. limit: to the ops of these names."""
     mesh = make_mesh(1, 1, 1, 1, kit.torch_device)
-    calls = kernel_calls(parse_args(flags, world_size=1), mesh, triton_ops())
-    for name, prepare in calls.items():
-        if not limit or name.startswith(limit):
-            prepare()()
+    model = steps_of.Run(replace(parse_args(flags, world_size=1), fused=True), mesh)
+    calls = [call for call in record_calls(model.engine, model.batches()) if not limit or call.op in limit]
+    for prepare in call_runs(calls, triton_ops(), kit.torch_device).values():
+        prepare()()
 
 
 def triton_ops():

@@ -25,11 +25,12 @@ from heiretsu.bench.timing import Timing
 from heiretsu.data.corpus import load_corpus
 from heiretsu.data.folder import shard_name
 from heiretsu.data.shards import write_shard
+from heiretsu.kernels import fused
 from heiretsu.kernels.control import CONTROL
 from heiretsu.kernels.gpu import autotune
 from heiretsu.parallel.mesh import make_mesh
 from heiretsu.run.options import RunConfig, parse_args
-from heiretsu.run.tuning import kernel_calls
+from heiretsu.run.tuning import call_runs, record_calls
 
 GPT2 = "--preset gpt2 --tokenizer gpt2 --block_size 1024".split()
 TINY = "--n_layer 2 --n_head 2 --n_embed 32 --block_size 32".split()
@@ -266,18 +267,16 @@ def tune(kit: Kit) -> None:
     """What train.py --autotune chooses for this model, what it costs, and what a step gains."""
     mesh = make_mesh(1, 1, 1, 1, kit.torch_device)
     cache = kit.scratch / "autotune.json"
+    run = steps_of.Run(replace(config(kit, [], 1 if kit.rehearse else 16), fused=True, amp="bf16"), mesh)
+    calls = record_calls(run.engine, run.batches())
     if kit.rehearse:
-        calls = kernel_calls(config(kit, ["--fused", "--amp", "bf16"], 1), mesh, triton_ops())
-        calls = {name: call for name, call in calls.items() if name.startswith("bias_gelu")}
+        calls = [call for call in calls if call.op == "bias_gelu"]
         with rehearsal.compiling_driver(launches=False):
-            said = choose(kit, calls, cache, lambda run: float(bool(run())))
+            runs = call_runs(calls, triton_ops(), kit.torch_device)
+            said = choose(kit, runs, cache, lambda run: float(bool(run())))
         return report_choices(kit, said)
-    base = replace(config(kit, [], 16), fused=True, amp="bf16")
-    run = steps_of.Run(base, mesh)
     before = [run.timed_step(kit.clock_s) for _ in range(2 + ROUNDS)][2:]
-    from heiretsu.kernels import fused
-
-    said = choose(kit, kernel_calls(base, mesh, fused), cache, autotune.milliseconds)
+    said = choose(kit, call_runs(calls, fused, kit.torch_device), cache, autotune.milliseconds)
     after = [run.timed_step(kit.clock_s) for _ in range(2 + ROUNDS)][2:]
     report_choices(kit, said)
     gain = Timing.of(before).median / Timing.of(after).median

@@ -16,7 +16,7 @@ from heiretsu.run.building import build_engine
 from heiretsu.run.log import peak_flops
 from heiretsu.run.sampling import generate
 from heiretsu.run.saved import load_model
-from heiretsu.run.tuning import kernel_calls
+from heiretsu.run.tuning import call_runs, record_calls
 from tests.training import MIXTURE, dataset, run_config
 
 OPS = {"plain": plain, "fused": fused}
@@ -61,7 +61,9 @@ def whole_run(folder, ops, amp) -> dict:
     state.load(path, again, json.loads(config.to_json()))
     loaded, _ = load_model(path, ops)
     assert peak_flops(mesh, config) > 0
-    calls = {name: {k: t.dtype for k, t in make()().items()} for name, make in kernel_calls(config, mesh, ops).items()}
+    measured = record_calls(again, read_batches(config, mesh, data, 3))
+    runs = call_runs(measured, ops, mesh.device)
+    calls = {name: {k: (t.dtype, t.device) for k, t in make()().items()} for name, make in runs.items()}
     return {
         "initial values": initial,
         "losses": [
