@@ -130,7 +130,7 @@ class RunConfig:
         False, RESULTS, "resume although seed, batch, data, learning rate or the like is not what it was"
     )
     init_from: str | None = flag(
-        None, RESULTS, "start from the parameters of this checkpoint (heiretsu.run.conversion imports GPT-2's)"
+        None, RESULTS, "start from the parameters of this checkpoint (convert.py imports GPT-2's)"
     )
     keep: int = flag(2, RESULTS, "checkpoints kept", _COUNT)
     local_checkpoints: bool = flag(

@@ -33,12 +33,13 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from heiretsu.data import prepare
 from heiretsu.data.shards import write_shard
 from heiretsu.kernels import plain
+from heiretsu.model import hf
 from heiretsu.model.config import ModelConfig
 from heiretsu.model.gpt import GPT
+from heiretsu.model.hf import gpt2
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.mesh import abstract_mesh
-from heiretsu.run import conversion as hf
-from heiretsu.run import options
+from heiretsu.run import conversion, options
 from heiretsu.run.flags import command_line
 from heiretsu.run.options import RunConfig, parse_args
 from heiretsu.run.resume import find_origin
@@ -175,7 +176,7 @@ def _check_module(module: str, flags: list[str]) -> None:
 
 def _check_pytest(words: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False)
-    for flag in ("-k", "-m"):
+    for flag in ("-k", "-m", "-n"):
         parser.add_argument(flag, default="")
     for flag in ("-q", "-v", "-x", "-s"):
         parser.add_argument(flag, action="store_true")
@@ -322,8 +323,8 @@ class Reader:
             return None
         elif words[0] == "train.py":
             return lambda: self.train(parse_args(words[1:], 1))
-        elif words[:2] == ("-m", "heiretsu.run.conversion"):
-            return lambda: self.convert(*words[2:5])
+        elif words[0] == "convert.py":
+            return lambda: self.convert(*words[1:])
         elif words[0] == "sample.py":
             cheap = ["--num_tokens", "3", "--device", "cpu", "--vocab_dir", gpt2_vocabulary()]
             return lambda: run_script(str(ROOT / "sample.py"), [*words[1:], *cheap])
@@ -359,10 +360,10 @@ class Reader:
             Path(file).write_text("".join(f"Line {number} of {file}.\n" for number in range(400)))
         prepare.main([*flags, "--workers", "1", "--vocab_dir", gpt2_vocabulary()])
 
-    def convert(self, direction: str, source: str, out: str) -> None:
+    def convert(self, direction: str, source: str, out: str, *more: str) -> None:
         if direction == "import":
             self.models[out.rstrip("/")] = ModelConfig(**GPT2)
-        hf.main([direction, source, out])
+        run_script(str(ROOT / "convert.py"), [direction, source, out, *more])
 
 
 GPT2 = {"vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embed": 768}
@@ -408,8 +409,9 @@ def write_gpt2(folder: Path) -> None:
     config = ModelConfig(vocab_size=50257, **TINY)
     model = GPT(config, abstract_mesh(), plain)
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(hf.to_hf(dict(model.named_parameters()), config), folder / hf.WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(hf.hf_config(config, "float32")))
+    tensors = hf.to_hf(gpt2, dict(model.named_parameters()), config)
+    safetensors.torch.save_file(tensors, folder / conversion.WEIGHTS)
+    (folder / conversion.CONFIG).write_text(json.dumps(gpt2.write_config(config, "float32")))
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def test_the_pages_have_commands():
         ("python bench/kernels.py --no_such_flag", "unrecognized arguments: --no_such_flag"),
         ("python bench/train.py --variants plain --n_head 7", "--n_head 7 does not divide"),
         ("python data/fineweb.py --out x", "arguments are required: N"),
-        ("python -m heiretsu.run.conversion export somewhere", "arguments are required: DIR"),
+        ("python convert.py export somewhere", "arguments are required: DIR"),
         ("python -m heiretsu.model.none", "there is no module heiretsu.model.none"),
         ("python -m tests.gallery --fast", "tests/gallery.py takes no arguments"),
         ("make nothing", "make knows no nothing"),
@@ -106,12 +106,12 @@ python sample.py --checkpoint elsewhere
 python data/prepare.py books/*.txt --out data/books
 python train.py --data_dir data/books --fused
 hf download gpt2 --local-dir published
-.venv/bin/python -m heiretsu.run.conversion import published runs/gpt2
+.venv/bin/python convert.py import published runs/gpt2
 python train.py --preset gpt2 --tokenizer gpt2 --data_dir data/fineweb10B --resume runs/gpt2 --max_iters 3
 python train.py --preset gpt2 --tokenizer gpt2 --data_dir data/fineweb10B --init_from runs/gpt2 --dropout 0.1 \\
     --profile traces
 python sample.py --checkpoint runs/gpt2
-python -m heiretsu.run.conversion export runs/gpt2 back
+python convert.py export runs/gpt2 back
 ```
 """
 
@@ -135,10 +135,10 @@ def test_a_page_is_read_and_done_in_order(tmp_path, monkeypatch):
             "of another model",
         ),
         (
-            "python -m heiretsu.run.conversion import gpt2 out\npython train.py --preset tiny --resume out",
+            "python convert.py import gpt2 out\npython train.py --preset tiny --resume out",
             "of another model",
         ),
-        ("python -m heiretsu.run.conversion import gpt2 out\npython train.py --init_from out", "of another model"),
+        ("python convert.py import gpt2 out\npython train.py --init_from out", "of another model"),
         ("python train.py --init_from nowhere", "nowhere: there is no such folder"),
     ],
 )

@@ -10,7 +10,7 @@ from heiretsu.kernels import plain
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.checkpoint_folder import checkpoints, rotate, set_aside
 from heiretsu.parallel.checkpoint_seal import SEAL, read_run, verify
-from heiretsu.run import conversion as hf
+from heiretsu.run.conversion import export_model
 from heiretsu.run.saved import load_model, newest_in
 from tests.faults.saved_runs import STEPS, copy_of, flip_a_bit, run, steps_in
 
@@ -192,7 +192,7 @@ def test_with_every_checkpoint_damaged_nothing_begins_anew_in_silence(two, recor
 def test_sampling_and_export_read_the_checksums_too(two, record_property, capsys, tmp_path):
     record_property("fault", "sample.py and export of a checkpoint with a flipped bit")
     flip_a_bit(two[0] / "step_00000004" / TENSORS)
-    for read in (lambda path: load_model(path, plain), lambda path: hf.export_gpt2(path, tmp_path / "out")):
+    for read in (lambda path: load_model(path, plain), lambda path: export_model(path, tmp_path / "out")):
         with pytest.raises(ValueError, match="step_00000004: __0_0.distcp does not have the checksum"):
             read(two[0] / "step_00000004")
     assert load_model(two[0], plain)[1]["step"] == 2

@@ -17,9 +17,9 @@ from heiretsu.kernels import plain
 from heiretsu.model.config import ModelConfig
 from heiretsu.parallel.checkpoint_seal import SEAL, fingerprint, read_run, seal, verify
 from heiretsu.parallel.mesh import abstract_mesh
-from heiretsu.run import conversion as hf
 from heiretsu.run import state
 from heiretsu.run.building import build_engine
+from heiretsu.run.conversion import INDEX, WEIGHTS, export_model, read_model, read_tensors
 from heiretsu.run.options import parse_args
 from heiretsu.run.resume import changes
 from heiretsu.run.saved import load_model
@@ -198,12 +198,12 @@ def published(tmp_path_factory):
     engine = build_engine(config, abstract_mesh(), plain)
     folder = tmp_path_factory.mktemp("published")
     path = state.save(folder / "ours", 0, engine, json.loads(config.to_json()), keep=1)
-    return hf.export_gpt2(path, folder / "theirs"), config.model
+    return export_model(path, folder / "theirs"), config.model
 
 
 def imported(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    model = hf.read_config(folder)
-    return model, hf.from_hf(hf.read_tensors(folder), model)
+    config, weights = read_model(folder)
+    return config.model, weights
 
 
 @pytest.mark.full
@@ -212,7 +212,7 @@ def imported(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
 def test_the_head_of_a_safetensors_file(published, data, record_property):
     record_property("fault", "hypothesis: the header of a safetensors file flipped, cut or overwritten, or its end cut")
     folder, _ = published
-    file = folder / hf.WEIGHTS
+    file = folder / WEIGHTS
     _, weights = imported(folder)
     before = file.read_bytes()
     head = 8 + int.from_bytes(before[:8], "little")
@@ -260,8 +260,8 @@ def test_an_index_that_names_no_files(published, tmp_path, record_property):
     record_property("fault", "model.safetensors.index.json as a list, without its map, or with numbers for names")
     folder = Path(shutil.copytree(published[0], tmp_path / "theirs"))
     for content in ("[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "{", '{"weight_map": {"a": "gone"}}'):
-        (folder / hf.INDEX).write_text(content)
+        (folder / INDEX).write_text(content)
         with pytest.raises(ValueError) as refused:
-            hf.read_tensors(folder)
+            read_tensors(folder)
         one_line(refused.value, str(folder))
     record_property("outcome", "each refused in one line")

@@ -32,7 +32,8 @@ from tests.mutation.equal import read_equal
 from tests.mutation.reach import Measured, Reach, measure, test_files, test_functions
 
 PRODUCT = [
-    "train.py", "sample.py", "modal_train.py", "model/*.py", "parallel/**/*.py", "data/*.py", "run/**/*.py",
+    "train.py", "sample.py", "convert.py", "modal_train.py", "model/**/*.py",
+    "parallel/**/*.py", "data/*.py", "run/**/*.py",
     "kernels/plain.py", "kernels/fused.py", "kernels/*arguments.py", "kernels/cpu/*.py",
 ]  # fmt: skip
 IMPORT = "its import alone"  # no test has this name: the file is collected, and nothing is run

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,20 @@ import safetensors.torch
 import torch
 
 from heiretsu.kernels import plain
+from heiretsu.model import hf
 from heiretsu.model.config import ModelConfig
 from heiretsu.model.gpt import GPT
+from heiretsu.model.hf import gpt2
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.parallel.pipeline import Microbatch
-from heiretsu.run import conversion as hf
 from heiretsu.run import state
 from heiretsu.run.building import build_engine
+from heiretsu.run.conversion import INDEX, WEIGHTS, export_model, import_model, read_model, read_tensors
 from heiretsu.run.options import parse_args
 from heiretsu.run.saved import load_model
+from tests.documents import run_script
 
+CONVERT = str(Path(__file__).parents[2] / "convert.py")
 MODEL = ModelConfig(vocab_size=257, block_size=12, n_layer=2, n_head=2, n_embed=16)
 EPS = torch.finfo(torch.float32).eps
 FLAGS = "--n_layer 2 --n_head 2 --n_embed 16 --block_size 12 --batch_size 4 --tokenizer bytes --learning_rate 0.01"
@@ -52,7 +57,7 @@ def published(transformers, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(published, tmp_path_factory):
-    return hf.import_gpt2(published[0], tmp_path_factory.mktemp("imported"))
+    return import_model(published[0], tmp_path_factory.mktemp("imported"))
 
 
 def ids() -> torch.Tensor:
@@ -73,7 +78,7 @@ def their_logits(model) -> torch.Tensor:
 def same_model(folder) -> GPT:
     """The weights of a Hugging Face folder in our model, in float64."""
     model = GPT(MODEL, abstract_mesh(), plain, dtype=torch.float64)
-    model.load_state_dict(hf.from_hf(hf.read_tensors(folder), hf.read_config(folder)))
+    model.load_state_dict(read_model(folder)[1])
     return model.eval()
 
 
@@ -91,15 +96,15 @@ def test_logits_are_those_of_transformers(published, imported):
 
 def test_there_and_back_changes_no_bit(transformers, published, imported, tmp_path):
     folder, theirs = published
-    out = hf.export_gpt2(imported, tmp_path / "exported")
+    out = export_model(imported, tmp_path / "exported")
     back, report = transformers.GPT2LMHeadModel.from_pretrained(out, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(their_logits(back.eval()), their_logits(theirs))
-    before, after = hf.read_tensors(folder), hf.read_tensors(out)
+    before, after = read_tensors(folder), read_tensors(out)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
-    assert hf.read_config(out) == MODEL
+    assert read_model(out)[0].model == MODEL
 
 
 def evaluate_step_evaluate(mesh, source: Path, out: Path, sizes: dict) -> tuple[float, float]:
@@ -121,7 +126,7 @@ def test_a_mesh_starts_from_the_imported_and_its_checkpoint_is_exported(
 ):
     sizes = {"tp": 2, "pp": 2}
     losses = ranks(evaluate_step_evaluate, imported, tmp_path / "run", sizes, **sizes)
-    trained = transformers.GPT2LMHeadModel.from_pretrained(hf.export_gpt2(tmp_path / "run", tmp_path / "out"))
+    trained = transformers.GPT2LMHeadModel.from_pretrained(export_model(tmp_path / "run", tmp_path / "out"))
     targets = ids()[:, 1:].flatten()
     for model, ours in zip((published[1], trained.eval()), zip(*losses, strict=True), strict=True):
         theirs = torch.nn.functional.cross_entropy(their_logits(model).flatten(0, 1), targets).item()
@@ -134,7 +139,7 @@ def copy_of(folder: Path, to: Path, **changes) -> Path:
     config = json.loads((folder / "config.json").read_text()) | changes
     to.mkdir()
     (to / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    (to / hf.WEIGHTS).symlink_to(folder / hf.WEIGHTS)
+    (to / WEIGHTS).symlink_to(folder / WEIGHTS)
     return to
 
 
@@ -157,40 +162,40 @@ def copy_of(folder: Path, to: Path, **changes) -> Path:
 def test_what_is_not_this_gpt2_is_refused(published, tmp_path, changes, complaint):
     source = copy_of(published[0], tmp_path / "other", **changes)
     with pytest.raises(ValueError, match=complaint):
-        hf.import_gpt2(source, tmp_path / "out")
+        import_model(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_config_that_leaves_out_the_defaults_is_read(published, tmp_path):
-    said = {key: None for key in hf._COMPUTED}
-    assert hf.read_config(copy_of(published[0], tmp_path / "short", **said)) == MODEL
+    said = {key: None for key in gpt2.COMPUTED}
+    assert read_model(copy_of(published[0], tmp_path / "short", **said))[0].model == MODEL
 
 
 def test_files_of_the_first_days_and_split_files_are_read(published, tmp_path):
     """No prefix, the causal mask among the weights, the tied head stored twice, two files."""
-    tensors = {name.removeprefix("transformer."): value for name, value in hf.read_tensors(published[0]).items()}
+    tensors = {name.removeprefix("transformer."): value for name, value in read_tensors(published[0]).items()}
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 12, 12).tril() for i in range(2)}
     tensors["lm_head.weight"] = tensors["wte.weight"].clone()
     source = copy_of(published[0], tmp_path / "old")
-    (source / hf.WEIGHTS).unlink()
+    (source / WEIGHTS).unlink()
     names = sorted(tensors)
     files = {name: f"part{index % 2}.safetensors" for index, name in enumerate(names)}
     for file in set(files.values()):
         safetensors.torch.save_file({name: tensors[name] for name in names if files[name] == file}, source / file)
-    (source / hf.INDEX).write_text(json.dumps({"weight_map": files}))
-    ours = hf.from_hf(hf.read_tensors(source), MODEL)
-    expected = hf.from_hf(hf.read_tensors(published[0]), MODEL)
+    (source / INDEX).write_text(json.dumps({"weight_map": files}))
+    ours = read_model(source)[1]
+    expected = read_model(published[0])[1]
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
     tensors["lm_head.weight"][0, 0] += 1
     with pytest.raises(ValueError, match="only a tied head can be imported"):
-        hf.from_hf(tensors, MODEL)
+        hf.from_hf(gpt2, tensors, MODEL)
 
 
 def test_nothing_is_written_over(imported, published, tmp_path):
     with pytest.raises(ValueError, match="holds checkpoints already"):
-        hf.import_gpt2(published[0], imported.parent)
+        import_model(published[0], imported.parent)
     with pytest.raises(ValueError, match="holds config.json already"):
-        hf.export_gpt2(imported, published[0])
+        export_model(imported, published[0])
 
 
 def test_a_mixture_is_not_exported(tmp_path):
@@ -198,16 +203,63 @@ def test_a_mixture_is_not_exported(tmp_path):
     engine = build_engine(config, abstract_mesh(), plain)
     state.save(tmp_path, 5, engine, json.loads(config.to_json()), keep=1)
     with pytest.raises(ValueError, match="2 experts have no form in GPT-2"):
-        hf.export_gpt2(tmp_path, tmp_path / "out")
+        export_model(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line(published, tmp_path, capsys):
-    hf.main(["import", str(published[0]), str(tmp_path / "run")])
-    hf.main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    run_script(CONVERT, ["import", str(published[0]), str(tmp_path / "run")])
+    run_script(CONVERT, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
     run, out = tmp_path / "run" / "step_00000000", tmp_path / "out"
     assert capsys.readouterr().err == f"wrote {run}\nwrote {out}\n"
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", hf.WEIGHTS]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", WEIGHTS]
     with pytest.raises(SystemExit) as exit:
-        hf.main(["export", str(tmp_path / "nowhere"), str(tmp_path / "out2")])
-    assert exit.value.code == f"heiretsu.run.conversion: error: {tmp_path / 'nowhere'}: there is no such folder"
+        run_script(CONVERT, ["export", str(tmp_path / "nowhere"), str(tmp_path / "out2")])
+    assert exit.value.code == f"convert.py: error: {tmp_path / 'nowhere'}: there is no such folder"
+    with pytest.raises(SystemExit) as exit:
+        run_script(CONVERT, ["export", str(tmp_path / "run"), str(tmp_path / "out2"), "--family", "llama"])
+    assert exit.value.code == "convert.py: error: model_type is 'llama'; only 'gpt2' can be exported"
+
+
+def test_the_family_of_the_guide_is_one_file_and_loses_no_bit(published, imported, tmp_path, monkeypatch):
+    """docs/adding-a-model-family.md: its file, put where a family is looked for, and nothing else."""
+    page = (Path(CONVERT).parent / "docs" / "adding-a-model-family.md").read_text()
+    (source,) = re.findall(r"^```python\n(\"\"\".*?)^```", page, re.M | re.S)
+    (tmp_path / "families").mkdir()
+    (tmp_path / "families" / "toy.py").write_text(source)
+    monkeypatch.setattr(hf, "__path__", [*hf.__path__, str(tmp_path / "families")])
+    assert hf.families() == ["gpt2", "toy"]
+    run_script(CONVERT, ["export", str(imported), str(tmp_path / "toy"), "--family", "toy"])
+    theirs, gpt2s = read_tensors(tmp_path / "toy"), read_tensors(published[0])
+    q, k, v = gpt2s["transformer.h.1.attn.c_attn.weight"].T.split(16)
+    for name, expected in {
+        "model.layers.1.attention.q.weight": q,
+        "model.layers.1.attention.v.weight": v,
+        "model.layers.0.up.weight": gpt2s["transformer.h.0.mlp.c_fc.weight"].T,
+        "model.tokens.weight": gpt2s["transformer.wte.weight"],
+        "model.norm.bias": gpt2s["transformer.ln_f.bias"],
+    }.items():
+        assert torch.equal(theirs[name], expected), name
+    assert len(theirs) == 2 + 2 + 2 * 16 and not torch.equal(q, k)
+    run_script(CONVERT, ["import", str(tmp_path / "toy"), str(tmp_path / "run")])
+    back, _ = load_model(tmp_path / "run", plain)
+    for name, param in load_model(imported, plain)[0].named_parameters():
+        assert torch.equal(back.get_parameter(name), param), name
+    config = json.loads((tmp_path / "toy" / "config.json").read_text()) | {"act": "relu"}
+    (tmp_path / "toy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="act is 'relu'; only 'gelu_tanh' can be imported"):
+        import_model(tmp_path / "toy", tmp_path / "other")
+    with pytest.raises(ValueError, match="model_type is 'llama'; only 'gpt2' or 'toy' can be imported"):
+        import_model(copy_of(published[0], tmp_path / "llama", model_type="llama"), tmp_path / "other")
+
+
+def test_every_family_says_how_each_of_our_parameters_is_stored(imported):
+    """Under names that are all different; and what makes ours of theirs undoes what makes theirs of ours."""
+    params = dict(load_model(imported, plain)[0].named_parameters())
+    for name in hf.families():
+        family = hf.find_family(name, "imported")
+        theirs = hf.to_hf(family, params, MODEL)
+        assert len(theirs) == sum(len(stored.names) for stored in family.parameters(MODEL).values())
+        back = hf.from_hf(family, theirs, MODEL)
+        assert back.keys() == params.keys() and all(torch.equal(back[key], params[key]) for key in params)
+        assert family.read_config(family.write_config(MODEL, "float32")) == MODEL
