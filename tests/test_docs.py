@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from heiretsu.bench import plot_schedule
-from heiretsu.parallel.schedules import SCHEDULES, lower, simulate
+from heiretsu.parallel.schedules import SCHEDULES, actions, lower, simulate
 from tests.documents import Command, Reader, check, commands
 
 ROOT = Path(__file__).parents[1]
@@ -163,6 +163,14 @@ def test_drawing_in_the_page_on_schedules_is_what_the_command_prints(capsys):
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "adding-a-schedule.md").read_text()
 
 
+def test_function_in_the_page_on_schedules_is_the_schedule_that_it_names():
+    page = (ROOT / "docs" / "adding-a-schedule.md").read_text()
+    found = {**vars(actions), "schedule": lambda name: lambda function: function}
+    exec(re.search(r"```python\n(.+?)```", page, re.S)[1], found)
+    for sizes in ((1, 1), (2, 5), (4, 3)):
+        assert found["gpipe"](*sizes) == SCHEDULES["gpipe"](*sizes)
+
+
 @pytest.mark.parametrize("name, stages", [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1)])
 def test_table_in_the_page_on_schedules_is_what_the_simulation_gives(name, stages):
     program = lower(SCHEDULES[name](4, 8, stages))
@@ -170,3 +178,18 @@ def test_table_in_the_page_on_schedules_is_what_the_simulation_gives(name, stage
     held = " ".join(f"{activations / stages:g}" for activations in timeline.peak_activations)
     row = rf"^\| {name}.* \| {timeline.bubble:.1%} \| {held} \|$"
     assert re.search(row, (ROOT / "docs" / "adding-a-schedule.md").read_text(), re.M)
+
+
+FLOORS = ("train.py", "run", "data", "model", "parallel", "kernels")
+
+
+@pytest.mark.parametrize("journey", ["One microbatch", "One parameter"])
+def test_a_journey_through_the_code_goes_down_the_floors_and_finds_what_it_names(journey):
+    page = (ROOT / "docs" / "token-flow.md").read_text()
+    rows = re.findall(r"^\| `([\w/.]+)` \| (.+) \|$", page.partition(f"## {journey}\n")[2].partition("\n## ")[0], re.M)
+    floors = [FLOORS.index(file.partition("/")[0]) for file, _ in rows]
+    assert len(rows) >= 10 and floors == sorted(floors), journey
+    for file, told in rows:
+        source = (ROOT / file).read_text()
+        for name in set(re.findall(r"`([A-Za-z_.]+)`", told)) - {"wte.weight", "ops"}:
+            assert re.search(rf"\b{name.rpartition('.')[2]}\b", source), f"{file} has no {name}"

@@ -19,7 +19,7 @@ def lower(schedule: Schedule) -> Schedule:
     """The schedule with its sends and receives: a receive right before what uses it, a send right after what made it.
 
     Sends do not block, so a rank goes on at once. Activations and gradients travel on separate channels, each in order.
-    One rank gets none: its stages hand over in memory.
+    One rank gets none: there is nobody to send to.
     """
     last = num_stages(schedule) - 1
     lowered = []

@@ -71,7 +71,7 @@ def _needed(
                 before, after = messages(action, num_ranks, num_stages - 1)
                 needed[action] += before
                 needed.update({message: [] for message in before} | {message: [action] for message in after})
-            if num_ranks == 1 and stage > 0:  # the stages hand over in memory
+            if num_ranks == 1 and stage > 0:  # nothing but the order of its actions says so
                 needed[forward].append(Action(FORWARD, microbatch, stage - 1))
                 needed[backward_of(microbatch, stage - 1)].append(backward)
     return needed
