@@ -99,10 +99,10 @@ class Engine:
     def _first_not_finite(self, totals: Totals) -> str:
         """After a skip: the first parameter, in the model's order, whose reduced gradient was not finite, the ranks
         that saw it so, and those whose own part of a metric was not. A collective, of the skipped steps alone."""
-        here = None
+        here, grads = None, self.updater.grads
         for index, stage in enumerate(self.stages):
             named = list(stage.named_parameters())
-            finite = torch.stack([self.updater.grads[name].isfinite().all() for name, _ in named]).tolist()
+            finite = torch.stack([grads[name].isfinite().all() for name, _ in named]).tolist()
             if here is None and not all(finite):
                 place = finite.index(False)
                 here = index * self.mesh.pp.size + self.mesh.pp.index, place, named[place][0]

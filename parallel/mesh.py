@@ -10,7 +10,7 @@ import gc
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -69,14 +69,6 @@ class Mesh:
     def rank(self) -> int:
         return self.world.index
 
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp.index == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp.index == self.pp.size - 1
-
     def coordinates(self) -> str:
         """This rank in words, for error messages."""
         place = ", ".join(f"{name}={getattr(self, name).index}" for name in AXIS_NAMES)
@@ -124,14 +116,14 @@ def make_mesh(dp: int = 1, ep: int = 1, pp: int = 1, tp: int = 1, device: str | 
         if axis.size == 1:
             return axis
         group = dist.group.WORLD if axis.name == "world" else device_mesh.get_group(axis.name)
-        return _with_group(axis, group)
+        return replace(axis, group=group)
 
     def new_groups(*names: str) -> Axis:
         """The same group made on every line of the mesh; every rank takes part in making each of them."""
         mine = blank.over(*names)
         lines = {abstract_mesh(dp, ep, pp, tp, rank=r).over(*names).ranks for r in range(world_size)}
         groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted(lines) if len(ranks) > 1}
-        return _with_group(mine, groups.get(mine.ranks))
+        return replace(mine, group=groups.get(mine.ranks))
 
     return Mesh(
         **{name: joined(getattr(blank, name)) for name in (*AXIS_NAMES, "world")},
@@ -168,7 +160,3 @@ def abstract_mesh(dp=1, ep=1, pp=1, tp=1, rank: int = 0, device: str | torch.dev
         world=line("world", AXIS_NAMES),
         device=torch.device(device),
     )
-
-
-def _with_group(axis: Axis, group: dist.ProcessGroup | None) -> Axis:
-    return Axis(axis.name, axis.size, axis.index, axis.ranks, group)

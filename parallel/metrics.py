@@ -7,6 +7,7 @@ stay on the device until all ranks have added theirs, and the host reads once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -67,10 +68,6 @@ def exchange(
         by_rank[world.index, place] = number
     everything = all_reduce(torch.cat([own, by_rank.flatten()]), world)
     with region(f"all-reduce {world.name}", waits=True):  # a GPU's is waited for here, and all that came before it
-        numbers = everything.tolist()
-    totals, begin = [], 0
-    for vector in sums:
-        totals.append(numbers[begin : begin + len(vector)])
-        begin += len(vector)
-    slots = [tuple(numbers[i : i + len(told)]) for i in range(begin, len(numbers), len(told))] if told else []
-    return totals, slots
+        numbers = iter(everything.tolist())
+    totals = [list(islice(numbers, len(vector))) for vector in sums]
+    return totals, [tuple(islice(numbers, len(told))) for _ in range(world.size)]

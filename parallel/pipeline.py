@@ -115,27 +115,27 @@ def run_schedule(
     flights: dict[tuple[int, int], _InFlight] = {}  # (microbatch, stage)
 
     for action in actions:
-        kind, microbatch, stage = action
-        flight = flights.setdefault((microbatch, stage), _InFlight())
-        batch, stage_module = batches[microbatch], stages[stage // mesh.pp.size]
+        batch, stage = batches[action.microbatch], stages[action.stage // mesh.pp.size]
+        flight = flights.setdefault((action.microbatch, action.stage), _InFlight())
+        kind = action.kind
         with region(str(action), words=action.words):
             match kind:
                 case Kind.RECV_FORWARD:
-                    flight.hidden_in, flight.arriving = _receive(stage_module, batch, mesh.pp, kind)
+                    flight.hidden_in, flight.arriving = _receive(stage, batch, mesh.pp, kind)
                     flight.receive = action.words
                 case Kind.FORWARD:
-                    flight.forward(stage_module, batch)
+                    flight.forward(stage, batch)
                     totals.add(flight.out.metrics)
                 case Kind.SEND_FORWARD:
                     sends.start(flight.out.hidden.detach(), mesh.pp, kind)
                 case Kind.RECV_BACKWARD:
-                    flight.grad_out, flight.arriving = _receive(stage_module, batch, mesh.pp_back, kind)
+                    flight.grad_out, flight.arriving = _receive(stage, batch, mesh.pp_back, kind)
                     flight.receive = action.words
                 case Kind.BACKWARD:
                     flight.backward(loss_scale / len(batches))
                 case Kind.SEND_BACKWARD:
                     sends.start(flight.hidden_in.grad, mesh.pp_back, kind)
-                    del flights[microbatch, stage]
+                    del flights[action.microbatch, action.stage]
                 case _:
                     raise ValueError(f"{mesh.coordinates()}: the executor does not split backward, as {action} asks")
     sends.wait()

@@ -89,7 +89,7 @@ class Updater:
     def apply(self, squares: float, num_not_finite: float) -> tuple[float, bool]:
         """Step, or skip where the norm is not finite. Takes what `squares` gave, added over all ranks; returns the
         gradient's norm before clipping, and whether the step was skipped."""
-        norm = global_norm(squares, num_not_finite) / self.scaler.scale
+        norm = math.nan if num_not_finite else math.sqrt(squares) / self.scaler.scale
         skipped = not math.isfinite(norm)
         if not skipped:
             factor = min(1.0, self.grad_clip / (norm + 1e-6)) if self.grad_clip > 0 else 1.0
@@ -154,11 +154,6 @@ def optimizer_groups(params: dict[str, nn.Parameter], table: Table) -> list[dict
     others = [param for name, param in params.items() if not table[name].spec.decay]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def global_norm(squares: float, num_not_finite: float) -> float:
-    """From sums over all ranks; NaN if any rank saw a gradient that is not finite."""
-    return math.nan if num_not_finite else math.sqrt(squares)
 
 
 def two_norm(x: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ SEND_BACKWARD, RECV_BACKWARD = Kind.SEND_BACKWARD, Kind.RECV_BACKWARD
 
 # The receive that answers each send, and which of a stage's neighbours is at the other end.
 ANSWER = {SEND_FORWARD: RECV_FORWARD, SEND_BACKWARD: RECV_BACKWARD}
-SENDS, RECEIVES = tuple(ANSWER), tuple(ANSWER.values())
+RECEIVES = tuple(ANSWER.values())
 NEIGHBOUR = {SEND_FORWARD: +1, RECV_BACKWARD: +1, RECV_FORWARD: -1, SEND_BACKWARD: -1}
 
 
