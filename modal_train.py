@@ -30,6 +30,7 @@ from typing import Any
 try:
     import modal
 
+    from heiretsu.run.data_sheets import data_sheet
     from heiretsu.run.flags import command_line
     from heiretsu.run.options import RunConfig, parse_args
 except ModuleNotFoundError as missing:
@@ -76,14 +77,14 @@ TRAINING_CONFIG: dict[str, object] = {
     "run_name": "gpt2-medium-8x2-dp2-tp2",
 }
 
-# Dense bf16 TFLOP/s and GB by the makers' data sheets; dollars a GPU hour by Modal's list when this was written.
+# GB, and dollars a GPU hour by Modal's list when this was written.
 GPUS = {
-    "L40S": (362, 48, 1.95),
-    "A100-40GB": (312, 40, 2.10),
-    "A100-80GB": (312, 80, 2.50),
-    "H100": (989, 80, 3.95),
-    "H200": (989, 141, 4.54),
-    "B200": (2250, 180, 6.25),
+    "L40S": (48, 1.95),
+    "A100-40GB": (40, 2.10),
+    "A100-80GB": (80, 2.50),
+    "H100": (80, 3.95),
+    "H200": (141, 4.54),
+    "B200": (180, 6.25),
 }
 GPUS_PER_CONTAINER = 8
 STATE_BYTES = 16  # of a parameter: itself, its gradient and AdamW's two moments, float32 each
@@ -135,7 +136,7 @@ def checked(config: Mapping[str, object], gpu: str, nodes: int = 1) -> RunConfig
             f"{gpus // nodes}, and only dp may run between containers: choose fewer nodes, or raise dp"
         )
     run = parse_args([*command_line(config), "--checkpoint_dir", CHECKPOINTS], world_size=gpus)
-    memory_gb = GPUS[gpu][1]
+    memory_gb = GPUS[gpu][0]
     if state_gb(run) > memory_gb:
         needs = f"parameters, gradients and AdamW's moments take {state_gb(run):.0f} GB a GPU"
         sys.exit(f"TRAINING_CONFIG: {needs}, but {gpu} has {memory_gb}: raise tp or pp, or ep for experts")
@@ -154,9 +155,9 @@ def state_gb(run: RunConfig) -> float:
 
 def estimate(config: RunConfig, gpu: str, gpus: int) -> tuple[float, float]:
     """Hours and dollars of the whole run, at ASSUMED_MFU."""
-    tflops, _, dollars = GPUS[gpu]
+    _, dollars = GPUS[gpu]
     flops = config.model.flops_per_token * config.tokens_per_step * config.max_iters
-    hours = flops / (gpus * tflops * 1e12 * ASSUMED_MFU) / 3600 + START_UP_MINUTES / 60
+    hours = flops / (gpus * data_sheet(gpu).bf16_flops * ASSUMED_MFU) / 3600 + START_UP_MINUTES / 60
     return hours, hours * dollars * gpus
 
 
@@ -164,7 +165,7 @@ def plan(config: Mapping[str, object] = TRAINING_CONFIG, gpu: str = GPU, nodes: 
     """What the configuration asks for and about what it costs, after checking it."""
     run, gpus = checked(config, gpu, nodes), num_gpus(config)
     hours, dollars = estimate(run, gpu, gpus)
-    tokens, (_, memory_gb, price) = run.tokens_per_step * run.max_iters, GPUS[gpu]
+    tokens, (memory_gb, price) = run.tokens_per_step * run.max_iters, GPUS[gpu]
     return "\n".join(
         [
             f"machine: {gpus} x {gpu}" + (f" in {nodes} containers" if nodes > 1 else ""),

@@ -41,6 +41,7 @@ from heiretsu.parallel.pipeline import Microbatch
 from heiretsu.run.batches import microbatches
 from heiretsu.run.building import build_engine, count_parameters
 from heiretsu.run.cpu_memory import keep_freed_memory
+from heiretsu.run.data_sheets import data_sheet
 from heiretsu.run.device import find_device
 from heiretsu.run.options import RunConfig, parse_args
 
@@ -49,8 +50,6 @@ GPU_VARIANTS = "plain+bf16,plain+bf16+compile,fused+bf16,fused+bf16+compile"
 WORDS = {"plain", "fused", "bf16", "fp16", "compile"}
 WARMUP_STEPS = 2  # compiles, allocates, and gives AdamW its state
 LOSS_TOLERANCE = {"none": 1e-3, "bf16": 2e-2, "fp16": 5e-3}  # of the first loss, about ln(V), relative
-# Dense bf16 FLOP/s of the data sheets; elsewhere MFU is against the matrix products measured here.
-DATA_SHEET_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 HEADERS = ["variant", "first loss", "ms/step", "tokens/s", "x first", "MFU %", "peak MiB", "note"]
 
 
@@ -153,10 +152,8 @@ def prepare(one: Variant, mesh: Mesh) -> Run:
 def peak_flops(device: torch.device, amp: str, ranks: int, clock: Callable[[], float]) -> tuple[float, str]:
     """(FLOP/s of the whole machine, where the figure is from). Ranks on a CPU share it; each has a GPU of its own."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, peak in DATA_SHEET_PEAKS.items():
-            if known in name:
-                return peak * ranks, f"data sheet of the {known}, dense bf16"
+        if sheet := data_sheet(torch.cuda.get_device_name(device)):
+            return sheet.bf16_flops * ranks, f"data sheet of the {sheet.name}, dense bf16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
     rate = measure_roofline(device, dtype, clock).flops_per_s
     if device.type == "cuda":

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
+from heiretsu.run.data_sheets import data_sheet
+
 KIB = 1024
 
 # Alike on every NVIDIA machine below.
@@ -33,8 +35,8 @@ class Machine:
         return self.target.backend == "hip"
 
 
-def _dram_bytes(bytes_per_s: float, sms: int, clock_hz: float) -> float:
-    return bytes_per_s / sms / clock_hz
+def _dram_bytes(name: str, sms: int, clock_hz: float) -> float:
+    return data_sheet(name).dram_bytes / sms / clock_hz
 
 
 MACHINES = {
@@ -42,19 +44,19 @@ MACHINES = {
     for machine in (
         Machine(
             "sm_80", "A100", "ampere", GPUTarget("cuda", 80, 32), 164 * KIB, 163 * KIB, 2048,
-            _dram_bytes(2039e9, 108, 1.41e9), 11 * KIB, "HMMA", fp32_lanes=64,
+            _dram_bytes("A100", 108, 1.41e9), 11 * KIB, "HMMA", fp32_lanes=64,
         ),
         Machine(
             "sm_90", "H100", "hopper", GPUTarget("cuda", 90, 32), 228 * KIB, 227 * KIB, 4096,
-            _dram_bytes(3350e9, 132, 1.755e9), 18 * KIB, "HGMMA", mma_sync_share=0.63,
+            _dram_bytes("H100", 132, 1.755e9), 18 * KIB, "HGMMA", mma_sync_share=0.63,
         ),
         Machine(
             "sm_100", "B200", "blackwell", GPUTarget("cuda", 100, 32), 228 * KIB, 227 * KIB, 8192,
-            _dram_bytes(8000e9, 148, 1.85e9), 43 * KIB, "UTC", mma_sync_share=0.25,
+            _dram_bytes("B200", 148, 1.85e9), 43 * KIB, "UTC", mma_sync_share=0.25,
         ),
         Machine(
             "gfx942", "MI300X", "cdna3", GPUTarget("hip", "gfx942", 64), 64 * KIB, 64 * KIB, 2048,
-            _dram_bytes(5300e9, 304, 2.1e9), 13 * KIB, "MFMA",
+            _dram_bytes("MI300X", 304, 2.1e9), 13 * KIB, "MFMA",
         ),
     )
 }  # fmt: skip

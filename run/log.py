@@ -17,10 +17,9 @@ import torch
 
 from heiretsu.parallel.engine import StepReport
 from heiretsu.parallel.mesh import Mesh
+from heiretsu.run.data_sheets import data_sheet
 from heiretsu.run.options import RunConfig
 
-# Dense bf16 FLOP/s of the data sheets: what model FLOPs utilisation (MFU) is against.
-DATA_SHEET_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "MI300X": 1307e12}
 LONGEST_SILENCE_S = 20.0
 
 
@@ -206,8 +205,8 @@ def peak_flops(mesh: Mesh, config: RunConfig) -> float | None:
     are taken to share it.
     """
     if mesh.device.type == "cuda":
-        name = torch.cuda.get_device_name(mesh.device)
-        return next((peak * mesh.world.size for known, peak in DATA_SHEET_PEAKS.items() if known in name), None)
+        sheet = data_sheet(torch.cuda.get_device_name(mesh.device))
+        return None if sheet is None else sheet.bf16_flops * mesh.world.size
     if mesh.device.type != "cpu":
         return None
     dtype = torch.bfloat16 if config.amp == "bf16" else getattr(torch, config.dtype)

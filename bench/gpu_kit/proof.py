@@ -23,7 +23,6 @@ from heiretsu.bench.gpu_kit.device import compiled_variants, resources
 from heiretsu.bench.gpu_kit.kit import Item, Kit
 from heiretsu.bench.measure import place
 from heiretsu.bench.parity import cotangents_for, gradients_of
-from heiretsu.bench.train import DATA_SHEET_PEAKS
 from heiretsu.kernels import fused
 from heiretsu.kernels.arguments import CHECKS
 from heiretsu.kernels.gpu.launch import AuditCase
@@ -32,6 +31,7 @@ from heiretsu.offgpu.audit.compiling import compile_kernel
 from heiretsu.offgpu.emulator import installed
 from heiretsu.offgpu.machines import machine
 from heiretsu.parallel.mesh import make_mesh
+from heiretsu.run.data_sheets import data_sheet
 from heiretsu.run.options import parse_args
 from heiretsu.run.tuning import call_runs, record_calls
 from tests.kernels import forms
@@ -291,7 +291,8 @@ def bounds(kit: Kit) -> dict[str, tuple]:
 
 def compare_bounds(kit: Kit, workload: workloads.Workload, kernels: list[tuple]) -> None:
     """The share of the peak that each kernel reaches, from the trace of one call, beside what the audit allows."""
-    claims, peak = published.claims(kit.device.arch), data_sheet_peak(kit.device.name)
+    claims, sheet = published.claims(kit.device.arch), data_sheet(kit.device.name)
+    peak = sheet.bf16_flops if sheet else None
     roofline = kit.roofline()
     times = kernel_times(kit, workload)
     for name, case, flops, every, first in kernels:
@@ -317,10 +318,6 @@ def compare_bounds(kit: Kit, workload: workloads.Workload, kernels: list[tuple])
         )
         if share is not None and bound is not None and share > 1.02 * bound:
             kit.finding(f"{case}: reaches {share:.2f} of the peak, above the audit's upper bound of {bound:.2f}", case)
-
-
-def data_sheet_peak(name: str) -> float | None:
-    return next((peak for known, peak in DATA_SHEET_PEAKS.items() if known in name), None)
 
 
 def kernel_times(kit: Kit, workload: workloads.Workload) -> list[tuple[str, float]]:

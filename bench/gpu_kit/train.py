@@ -20,7 +20,7 @@ import torch
 from heiretsu.bench import train as steps_of
 from heiretsu.bench.gpu_kit import rehearsal, trace
 from heiretsu.bench.gpu_kit.kit import LONG_S, ROOT, Item, Kit
-from heiretsu.bench.gpu_kit.proof import data_sheet_peak, kernel_functions, triton_ops
+from heiretsu.bench.gpu_kit.proof import kernel_functions, triton_ops
 from heiretsu.bench.timing import Timing
 from heiretsu.data.corpus import load_corpus
 from heiretsu.data.folder import shard_name
@@ -29,6 +29,7 @@ from heiretsu.kernels import fused
 from heiretsu.kernels.control import CONTROL
 from heiretsu.kernels.gpu import autotune
 from heiretsu.parallel.mesh import make_mesh
+from heiretsu.run.data_sheets import data_sheet
 from heiretsu.run.options import RunConfig, parse_args
 from heiretsu.run.tuning import call_runs, record_calls
 
@@ -118,7 +119,8 @@ def largest_batch(kit: Kit, flags: list[str], mesh) -> tuple[int, dict]:
 
 def write_rate(kit: Kit, name: str, config: RunConfig, timing: Timing, peak_bytes: int | None) -> None:
     rate = config.tokens_per_step / timing.median
-    peak, source = data_sheet_peak(kit.device.name), "data sheet"
+    sheet, source = data_sheet(kit.device.name), "data sheet"
+    peak = sheet.bf16_flops if sheet else None
     if peak is None:
         roof = kit.roofline()
         peak, source = (roof.flops_per_s, "matrix products here") if roof else (None, "no peak is known")

@@ -144,8 +144,8 @@ EDITS = [
     Edit(
         "one GPU's peak for the whole world",
         "run/log.py",
-        "peak * mesh.world.size",
-        "peak",
+        "sheet.bf16_flops * mesh.world.size",
+        "sheet.bf16_flops",
         MFU,
     ),
     Edit(

@@ -10,7 +10,8 @@ import torch
 from heiretsu.parallel.engine import StepReport
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run import log as run_log
-from heiretsu.run.log import DATA_SHEET_PEAKS, LogFile, RunLog, peak_flops, peak_memory_mib
+from heiretsu.run.data_sheets import DATA_SHEETS
+from heiretsu.run.log import LogFile, RunLog, peak_flops, peak_memory_mib
 from heiretsu.run.options import parse_args
 
 GOOD, SKIPPED = StepReport({}, 1.0, False), StepReport({}, 1.0, True, not_finite="wte.weight")
@@ -141,8 +142,9 @@ def test_a_full_disk_costs_whole_lines_and_one_warning(tmp_path):
 
 
 def test_peaks_are_those_of_the_data_sheets(monkeypatch):
-    """Dense bf16: NVIDIA's A100, H100, H200 and B200, and AMD's MI300X."""
-    assert DATA_SHEET_PEAKS == {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "MI300X": 1307e12}
+    """Dense bf16, in FLOP/s."""
+    nvidia = {"L40S": 362e12, "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+    assert {sheet.name: sheet.bf16_flops for sheet in DATA_SHEETS} == nvidia | {"MI300X": 1307e12}
     config, eight = parse_args(["--dp", "8"], world_size=8), abstract_mesh(dp=8, device="cuda")
     for name, peak in (("NVIDIA H100 80GB HBM3", 8 * 989e12), ("AMD Instinct MI300X", 8 * 1307e12), ("Tesla T4", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
