@@ -32,6 +32,7 @@ try:
 
     from heiretsu.run.data_sheets import data_sheet
     from heiretsu.run.flags import command_line
+    from heiretsu.run.memory import bytes_of_a_rank
     from heiretsu.run.options import RunConfig, parse_args
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing}: run `pip install -e .[modal]` in this folder (or `make train`, for a run on this machine)")
@@ -87,7 +88,6 @@ GPUS = {
     "B200": (180, 6.25),
 }
 GPUS_PER_CONTAINER = 8
-STATE_BYTES = 16  # of a parameter: itself, its gradient and AdamW's two moments, float32 each
 ASSUMED_MFU = 0.25  # a guess to budget by, not a measurement; the run prints its own
 START_UP_MINUTES = 5  # a container, the first compilation of the kernels, evaluations
 SECONDS_TO_SAVE = 25  # of the 30 that Modal leaves a preempted container
@@ -144,13 +144,8 @@ def checked(config: Mapping[str, object], gpu: str, nodes: int = 1) -> RunConfig
 
 
 def state_gb(run: RunConfig) -> float:
-    """GB of parameters, gradients and optimizer state on one GPU, were the pipeline's stages equal."""
-    C, F, E, model = run.model.n_embed, run.model.ffn_size, run.model.num_experts, run.model
-    mixtures = len(model.moe_layers)
-    expert = 2 * C * F + F + C
-    dense = model.n_layer * (4 * C * C + 8 * C) + (model.n_layer - mixtures) * expert + mixtures * E * C
-    dense += (model.padded_vocab_size + model.block_size + 2) * C
-    return STATE_BYTES * (dense + mixtures * E * expert / run.ep) / (run.tp * run.pp) / 1e9
+    """GB of parameters, gradients and optimizer state on the GPU that holds most layers."""
+    return bytes_of_a_rank(run).state / 1e9
 
 
 def estimate(config: RunConfig, gpu: str, gpus: int) -> tuple[float, float]:

@@ -39,7 +39,7 @@ from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
 from heiretsu.parallel.pipeline import Microbatch
 from heiretsu.run.batches import microbatches
-from heiretsu.run.building import build_engine, count_parameters
+from heiretsu.run.building import build_engine
 from heiretsu.run.cpu_memory import keep_freed_memory
 from heiretsu.run.data_sheets import data_sheet
 from heiretsu.run.device import find_device
@@ -181,7 +181,7 @@ def describe(config: RunConfig, mesh: Mesh) -> str:
     experts = f", {model.num_experts} experts top {model.top_k}" if model.num_experts else ""
     sizes = f"{model.n_layer} layers, {model.n_head} heads, {model.n_embed} wide, block {model.block_size}"
     return (
-        f"model   {count_parameters(model):,} parameters: {sizes}, vocabulary {model.vocab_size}{experts}\n"
+        f"model   {model.num_parameters:,} parameters: {sizes}, vocabulary {model.vocab_size}{experts}\n"
         f"mesh    dp {config.dp} x ep {config.ep} x pp {config.pp} x tp {config.tp}\n"
         f"batch   {config.global_batch_size} sequences, {config.tokens_per_step:,} tokens a step"
     )

@@ -44,6 +44,22 @@ class ModelConfig:
     def moe_layers(self) -> list[int]:
         return [layer for layer in range(self.n_layer) if self.is_moe(layer)]
 
+    def block_parameters(self, mixture: bool, ep: int = 1, tp: int = 1) -> int:
+        """Elements of one block on a rank, as its modules declare them: norms, routers and the biases of what is summed
+        over tp are whole, the rest is split over tp, and experts over ep."""
+        C, F = self.n_embed, self.ffn_size
+        mlp = (2 * C * F + F) // tp + C
+        if mixture:
+            mlp = self.num_experts // ep * mlp + C * self.num_experts
+        return 4 * C + (4 * C * C + 3 * C) // tp + C + mlp
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, padding left out; 124,439,808 for gpt2, as published."""
+        mixtures = len(self.moe_layers)
+        blocks = (self.n_layer - mixtures) * self.block_parameters(False) + mixtures * self.block_parameters(True)
+        return blocks + (self.vocab_size + self.block_size + 2) * self.n_embed
+
     def layer_macs(self, layer: int) -> int:
         """Multiply-adds of one token in one block's forward, attention at half of the square (causal)."""
         C = self.n_embed

@@ -79,12 +79,6 @@ class Placement:
         copies += [self.shared_axis] if self.shared_axis else []
         return all(axis.index == 0 for axis in copies)
 
-    @property
-    def num_elements(self) -> int:
-        """Elements of the whole parameter, padding left out."""
-        rows = self.spec.shape[0] if self.spec.rows is None else self.spec.rows
-        return rows * torch.Size(self.spec.shape[1:]).numel()
-
     def local(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's piece (a view) of the whole tensor."""
         return whole[self.local_slices]

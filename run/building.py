@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from heiretsu.model.config import ModelConfig
-from heiretsu.model.gpt import GPT, build_stages
+from heiretsu.model.gpt import build_stages
 from heiretsu.model.seeding import initialise
 from heiretsu.parallel.engine import Engine
-from heiretsu.parallel.mesh import Mesh, abstract_mesh
+from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.placement import placement_table
 from heiretsu.parallel.schedules import SCHEDULES
 from heiretsu.parallel.updater import LossScaler, Updater
@@ -47,10 +46,3 @@ def build_engine(config: RunConfig, mesh: Mesh, ops: ModuleType, make_optimizer:
     params = {name: param for stage in stages for name, param in stage.named_parameters()}
     updater = Updater(params, table, lambda groups: make_optimizer(groups, config), config.grad_clip, scaler)
     return Engine(stages, mesh, schedule, updater)
-
-
-def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the whole model, padding left out; 124,439,808 for gpt2, as published. Allocates nothing."""
-    mesh = abstract_mesh(device="meta")
-    table = placement_table(GPT(config, mesh, ops=None), mesh)
-    return sum(place.num_elements for place in table.values())

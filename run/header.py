@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from heiretsu.data.batches import TokenDataset
 from heiretsu.parallel.mesh import Mesh
-from heiretsu.run.building import count_parameters
 from heiretsu.run.options import RunConfig
 
 
@@ -19,7 +18,7 @@ def describe(config: RunConfig, mesh: Mesh, data: TokenDataset, kernels: str) ->
         schedule += f", {config.stages_per_rank} stages a rank"
     lines = [
         f"config: {config.to_json()}",
-        f"model: {count_parameters(model):,} parameters, {model.n_layer} layers, {model.n_head} heads, "
+        f"model: {model.num_parameters:,} parameters, {model.n_layer} layers, {model.n_head} heads, "
         f"{model.n_embed} wide, vocabulary {model.vocab_size}, block {model.block_size}{experts}",
         f"mesh: dp {config.dp} x ep {config.ep} x pp {config.pp} x tp {config.tp} on {mesh.device.type}{schedule}",
         f"kernels: {kernels}; activations {config.amp if config.amp != 'none' else config.dtype}"

@@ -30,8 +30,13 @@ class Bytes:
     activations: int
 
     @property
+    def state(self) -> int:
+        """What a rank holds from one step to the next."""
+        return self.parameters + self.gradients + self.moments
+
+    @property
     def certain(self) -> int:
-        return self.parameters + self.gradients + self.moments + self.tokens
+        return self.state + self.tokens
 
     @property
     def total(self) -> int:
@@ -46,10 +51,9 @@ def bytes_of_a_rank(config: RunConfig) -> Bytes:
 
     layers = -(-model.n_layer // config.pp)
     mixtures = -(-(model.n_layer // model.moe_freq) // config.pp) if model.num_experts else 0
-    mlp = 2 * C * model.ffn_size
-    elements = layers * 4 * C * C // tp + (layers - mixtures) * mlp // tp
-    elements += mixtures * (model.num_experts // config.ep * mlp // tp + C * model.num_experts)
-    elements += model.padded_vocab_size * C // tp + model.block_size * C
+    elements = mixtures * model.block_parameters(True, config.ep, tp) if mixtures else 0
+    elements += (layers - mixtures) * model.block_parameters(False, config.ep, tp)
+    elements += model.padded_vocab_size * C // tp + (model.block_size + 2) * C
     parameters = elements * wide
 
     tokens = config.batch_size * model.block_size  # of a microbatch

@@ -13,7 +13,8 @@ from pathlib import Path
 import modal
 import pytest
 
-from heiretsu.run.building import count_parameters
+from heiretsu.model.gpt import GPT
+from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run.options import parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -160,10 +161,10 @@ def test_plan_names_machine_command_tokens_and_cost():
 @pytest.mark.parametrize("change", [{}, {"num_experts": 0, "top_k": 1}, {"moe_freq": 1}])
 def test_memory_is_sixteen_bytes_a_parameter(change):
     run = script.checked({**CONFIG, **change, "dp": 4, "tp": 1}, "H200")
-    padding = (run.model.padded_vocab_size - run.model.vocab_size) * run.model.n_embed
-    assert script.state_gb(run) == pytest.approx(16e-9 * (count_parameters(run.model) + padding))
     halves = script.checked({**CONFIG, **change, "tp": 2}, "H200")
-    assert script.state_gb(halves) == pytest.approx(script.state_gb(run) / 2)
+    for config, tp in ((run, 1), (halves, 2)):
+        stored = GPT(config.model, abstract_mesh(tp=tp, device="meta"), ops=None).parameters()
+        assert script.state_gb(config) == pytest.approx(16e-9 * sum(param.numel() for param in stored), rel=1e-12)
 
 
 def test_cost_is_flops_over_what_the_gpus_do_in_an_hour():

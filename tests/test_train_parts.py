@@ -14,7 +14,7 @@ from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.parallel.pipeline import Context
 from heiretsu.run import sampling
 from heiretsu.run.batches import evaluate, read_batches
-from heiretsu.run.building import build_engine, count_parameters
+from heiretsu.run.building import build_engine
 from heiretsu.run.device import find_device
 from heiretsu.run.header import describe
 from heiretsu.run.options import parse_args
@@ -70,7 +70,7 @@ def header(*flags, **mesh):
     said = describe(config, abstract_mesh(**mesh), types.SimpleNamespace(num_tokens=1234567), "plain ops")
     first, *rest = said.split("\n")
     assert first == f"config: {config.to_json()}"
-    return rest, count_parameters(config.model)
+    return rest, config.model.num_parameters
 
 
 def test_the_header_of_a_dense_model_on_one_process_to_the_letter():

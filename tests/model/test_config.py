@@ -1,5 +1,6 @@
 """Sizes: published parameter counts, which layers are mixtures, and how layers are dealt out to stages."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import strategies as st
 
 from heiretsu.kernels import plain
 from heiretsu.model.config import PRESETS, ModelConfig, split_layers
+from heiretsu.model.gpt import GPT
 from heiretsu.parallel.mesh import abstract_mesh
-from heiretsu.run.building import build_engine, count_parameters
+from heiretsu.run.building import build_engine
 from tests.training import DENSE, MIXTURE, run_config
 
 PUBLISHED = {  # of the released GPT-2 checkpoints
@@ -22,15 +24,25 @@ PUBLISHED = {  # of the released GPT-2 checkpoints
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_presets_have_the_published_number_of_parameters(preset):
-    assert count_parameters(ModelConfig(**PRESETS[preset], vocab_size=50257)) == PUBLISHED[preset]
+    assert ModelConfig(**PRESETS[preset], vocab_size=50257).num_parameters == PUBLISHED[preset]
 
 
 @pytest.mark.parametrize("model", [DENSE, MIXTURE], ids=["dense", "mixture"])
 def test_count_leaves_out_exactly_the_padding_of_the_vocabulary(model):
     engine = build_engine(run_config(model), abstract_mesh(), plain)
     stored = sum(param.numel() for param in engine.params.values())
-    assert stored - count_parameters(model) == (128 - 67) * 16
+    assert stored - model.num_parameters == (128 - 67) * 16
     assert (engine.params["wte.weight"][67:] == 0).all() and (engine.params["wte.weight"][:67] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2}, {"ep": 2}, {"ep": 4, "tp": 2}, {"dp": 2, "tp": 4}], ids=str)
+@pytest.mark.parametrize("moe_freq", [1, 2])
+def test_a_block_has_the_elements_on_a_rank_that_its_modules_declare(sizes, moe_freq):
+    model = replace(MIXTURE, moe_freq=moe_freq)
+    blocks = GPT(model, abstract_mesh(**sizes, device="meta"), ops=None).blocks
+    for layer, block in blocks.items():
+        counted = model.block_parameters(model.is_moe(int(layer)), sizes.get("ep", 1), sizes.get("tp", 1))
+        assert counted == sum(param.numel() for param in block.parameters())
 
 
 def test_every_moe_freq_th_layer_is_a_mixture():

@@ -57,13 +57,6 @@ def test_gradients_are_summed_where_other_tokens_are_and_divided_by_all_replicas
     assert Placement("x", SPECS["shared"], abstract_mesh(dp=2, tp=2)).shared_axis.size == 1
 
 
-def test_padding_is_no_element():
-    mesh = abstract_mesh()
-    assert Placement("x", Spec((128, 3, 2), partial_over=REPLICAS, rows=67), mesh).num_elements == 67 * 6
-    assert Placement("x", Spec((128, 3), partial_over=REPLICAS), mesh).num_elements == 384
-    assert Placement("x", Spec((7,), partial_over=REPLICAS), mesh).num_elements == 7
-
-
 def test_a_spec_says_no_more_than_it_was_told():
     spec = Spec((1,), partial_over=("dp",))
     assert (spec.shards, spec.shared_over, spec.std, spec.fill, spec.decay, spec.rows) == (
