@@ -46,7 +46,7 @@ def _fast(specification: Callable[P, R], file: str = "") -> Callable[P, R]:
         if use is None:
             raise ValueError(f"{name}: {device} tensors need Triton; install it, or move them to the CPU")
         result = use(*args, **kwargs)
-        if CONTROL.records and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and CONTROL.records:
             call = Call.of(specification, args, kwargs)
             for record in CONTROL.records:
                 record.calls.append(call)

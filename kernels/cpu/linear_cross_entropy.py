@@ -194,6 +194,5 @@ def linear_cross_entropy(x, weight, targets, vocab_start=0):
     if x.shape[0] == 0 or weight.shape[0] == 0:
         return plain.linear_cross_entropy(x, weight, targets, vocab_start)
     training = torch.is_grad_enabled()
-    return _forward(x, weight, targets, vocab_start, training and x.requires_grad, training and weight.requires_grad)[
-        :2
-    ]
+    needs = training and x.requires_grad, training and weight.requires_grad
+    return _forward(x, weight, targets, vocab_start, *needs)[:2]

@@ -108,7 +108,8 @@ class Parameters(dict):
     """Keyword arguments of a launch: those of an entry, to which a launcher may add constants of its own."""
 
     def __init__(self, entry: Entry, device: torch.device):
-        super().__init__(CONTROL.chosen.get(entry) or entry.parameters)
+        chosen = CONTROL.chosen.get(entry) if CONTROL.arch is None else None  # recorded for a GPU: what ships
+        super().__init__(chosen or entry.parameters)
         for overridden in CONTROL.overrides:
             self.update({name: value for name, value in overridden.items() if name in self})
         self.entry, self.device = entry, device

@@ -320,9 +320,7 @@ def _copy(tensor, device, dtype):
     copy = buffer.as_strided(tensor.shape, tensor.stride(), offset)
     target, source = copy, tensor.detach()
     for dim, stride in enumerate(tensor.stride()):
-        if (
-            stride == 0 and tensor.shape[dim] > 1
-        ):  # expanded: one element stands for all, and copy_ insists on saying so
+        if stride == 0 and tensor.shape[dim] > 1:  # expanded: one element stands for all, and copy_ would say so
             target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
     target.copy_(source)
     return copy.requires_grad_(tensor.requires_grad)

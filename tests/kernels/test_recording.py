@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from heiretsu.kernels import fused, plain
 from heiretsu.kernels.control import CONTROL
@@ -91,6 +92,16 @@ def test_recordings_nest_and_end():
     with pytest.raises(ValueError), recording() as failed:
         fused.bias_gelu(None, None)
     assert failed.calls == [] and CONTROL.records == [] and CONTROL.arch is None
+
+
+def test_recording_compiles_no_graph_anew():
+    values = SAMPLES["bias_gelu"][1](3)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x, bias: fused.bias_gelu(x, bias), backend=counter, fullgraph=True)
+    compiled(**values)
+    with recording() as record:
+        compiled(**values)
+    assert counter.frame_count == 1 and record.calls == []
 
 
 if forms.HAS_TRITON and not forms.INTERPRETED:
