@@ -56,15 +56,9 @@ def _combine(rows, slot, gates=None):
 
 @torch.library.custom_op("heiretsu::cpu_expert_mlp", mutates_args=(), device_types="cpu")
 def _expert_mlp(
-    x: torch.Tensor,
-    experts: torch.Tensor,
-    gates: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor | None,
-    w2: torch.Tensor,
-    b2: torch.Tensor | None,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor | None,
+    w2: torch.Tensor, b2: torch.Tensor | None, save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(out, gelu(h), gelu'(h), y), rows sorted by expert; without save, the middle two are empty."""
     E, C, F = w1.shape
     order, slot, bounds = _sort_by_expert(experts, E)
@@ -134,19 +128,10 @@ def _(x, experts, gates, w1, b1, w2, b2, save):
 
 @torch.library.custom_op("heiretsu::cpu_expert_mlp_backward", mutates_args=(), device_types="cpu")
 def _expert_mlp_backward(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    experts: torch.Tensor,
-    gates: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor | None,
-    w2: torch.Tensor,
-    b2: torch.Tensor | None,
-    a: torch.Tensor,
-    slope: torch.Tensor,
-    y: torch.Tensor,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dout: torch.Tensor, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, w1: torch.Tensor,
+    b1: torch.Tensor | None, w2: torch.Tensor, b2: torch.Tensor | None, a: torch.Tensor, slope: torch.Tensor,
+    y: torch.Tensor, needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dx, dgates, dw1, db1, dw2, db2); empty for one that `needs` does not name, in this order."""
     E, C, F = w1.shape
     order, slot, bounds = _sort_by_expert(experts, E)

@@ -121,16 +121,9 @@ def _(x, weight, targets, vocab_start, need_dx, need_dweight):
 @torch.library.custom_op("heiretsu::cpu_linear_cross_entropy_backward", mutates_args=())
 @own_dtypes
 def _backward(
-    dlse: torch.Tensor,
-    dtarget: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    q_weight: torch.Tensor,
-    q_x: torch.Tensor,
-    vocab_start: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dlse: torch.Tensor, dtarget: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+    lse: torch.Tensor, q_weight: torch.Tensor, q_x: torch.Tensor, vocab_start: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """dx where there is a q_weight, dweight where there is a q_x; else empty."""
     local, inside, another_shard = _local_targets(targets, vocab_start, weight.shape[0])
     beyond = torch.where(inside, dlse + dtarget, 0.0)  # what onehot gets over -dlse, which Q has

@@ -121,13 +121,10 @@ def _forward_kernel(
     v_ptr,  # (B, Hkv, S, D)
     out_ptr,  # (B, T, H, D), contiguous
     lse_ptr,  # (B, H, T), contiguous, natural logarithm
-    stride_qb, stride_qh, stride_qt, stride_qd,
-    stride_kb, stride_kh, stride_ks, stride_kd,
-    stride_vb, stride_vh, stride_vs, stride_vd,
-    H, T, S, seed, batch_offset, head_offset,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_vb, stride_vh, stride_vs, stride_vd, H, T, S, seed, batch_offset, head_offset,
     GROUP: tl.constexpr,  # query heads per key head
-    CAUSAL: tl.constexpr,
-    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr, SCALE: tl.constexpr,
     DROP_BELOW: tl.constexpr,  # drop where the random bits are below it; 0: no dropout
     KEEP_SCALE: tl.constexpr,  # 1 / (1 - dropout_p)
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

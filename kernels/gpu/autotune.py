@@ -67,13 +67,9 @@ def _print(line: str) -> None:
 
 
 def tune(
-    calls: Mapping[str, Callable[[], Run]],
-    device: torch.device,
-    path: Path | None = None,
-    clock: Callable[[Run], float] = milliseconds,
-    say: Callable[[str], None] = _print,
-    seconds: float = 120.0,
-) -> dict[Entry, dict]:
+    calls: Mapping[str, Callable[[], Run]], device: torch.device, path: Path | None = None,
+    clock: Callable[[Run], float] = milliseconds, say: Callable[[str], None] = _print, seconds: float = 120.0,
+) -> dict[Entry, dict]:  # fmt: skip
     """Choose the parameters of every entry that the calls launch; from here on, launches of this process use them.
 
     calls: {op, shapes and dtype in words: a function that makes the inputs and returns the Run}. An entry that several

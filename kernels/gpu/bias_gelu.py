@@ -38,12 +38,8 @@ def _forward_kernel(
     x_ptr,  # (N, F), rows stride_x apart
     bias_ptr,  # (F,)
     out_ptr,  # (N, F)
-    N,
-    F,
-    stride_x,
-    BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
+    N, F, stride_x, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
     col_blocks = tl.cdiv(F, BLOCK_F)
     rows = (tl.program_id(0) // col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = (tl.program_id(0) % col_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -60,14 +56,8 @@ def _backward_kernel(
     bias_ptr,  # (F,)
     dx_ptr,  # (N, F), or None: not wanted
     partial_ptr,  # (blocks of ROWS rows, F), float32 or float64: sums of dx over the rows of a block; or None
-    N,
-    F,
-    stride_dout,
-    stride_x,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
+    N, F, stride_dout, stride_x, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
     col_blocks = tl.cdiv(F, BLOCK_F)
     row_block = (tl.program_id(0) // col_blocks).to(tl.int64)
     cols = (tl.program_id(0) % col_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)

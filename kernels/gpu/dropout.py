@@ -30,17 +30,10 @@ TILES = Tiles(
 def _kernel(
     x_ptr,  # (N, C), rows stride_x apart
     out_ptr,  # (N, C)
-    N,
-    C,
-    T,
-    stride_x,
-    seed,
+    N, C, T, stride_x, seed,
     offset,  # global sample of row 0
-    THRESHOLD: tl.constexpr,
-    KEEP_PROBABILITY: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    THRESHOLD: tl.constexpr, KEEP_PROBABILITY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     col_blocks = tl.cdiv(C, BLOCK_C)
     rows = (tl.program_id(0) // col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = (tl.program_id(0) % col_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)

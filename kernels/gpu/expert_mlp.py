@@ -61,14 +61,9 @@ def _combine_kernel(
     gates_ptr,  # (N, K) or unused
     slot_rows_ptr,  # (N, K) int32
     out_ptr,  # (N, C)
-    num_tokens,
-    num_cols,
-    TOP_K: tl.constexpr,
-    GATED: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    num_tokens, num_cols, TOP_K: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (n < num_tokens)[:, None] & (c < num_cols)[None, :]
@@ -93,15 +88,9 @@ def _combine_backward_kernel(
     partial_ptr,  # (row tiles, C): this tile's part of db2, accumulator dtype
     order_ptr,  # (N * K,) int32
     offsets_ptr,  # (E + 1,) int32
-    num_cols,
-    num_experts,
-    TOP_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACC: tl.constexpr,
-    E_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    num_cols, num_experts, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0)
     expert, first_row, end_row = find_tile(offsets_ptr, tile, num_experts, E_PAD, BLOCK_M)
     if expert >= num_experts:
@@ -129,13 +118,10 @@ def _sum_tiles_kernel(
     partial_ptr,  # (row tiles, num_cols)
     out_ptr,  # (E, num_cols)
     offsets_ptr,  # (E + 1,) int32
-    num_cols,
-    num_experts,
-    E_PAD: tl.constexpr,
+    num_cols, num_experts, E_PAD: tl.constexpr,
     TILE_ROWS: tl.constexpr,  # BLOCK_M of the kernel that wrote the parts
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     expert = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     e = tl.arange(0, E_PAD)
@@ -199,15 +185,9 @@ def _contiguous(bias):
 
 @torch.library.custom_op("heiretsu::expert_mlp", mutates_args=())
 def _expert_mlp(
-    x: torch.Tensor,
-    experts: torch.Tensor,
-    gates: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor | None,
-    w2: torch.Tensor,
-    b2: torch.Tensor | None,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor | None,
+    w2: torch.Tensor, b2: torch.Tensor | None, save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(out, h, y, order, slot_rows, offsets); without save, h is empty."""
     (E, C, F), num_rows = w1.shape, experts.numel()
     h, y = x.new_empty(num_rows if save else 0, F), x.new_empty(num_rows, C)
@@ -235,20 +215,10 @@ def _(x, experts, gates, w1, b1, w2, b2, save):
 
 @torch.library.custom_op("heiretsu::expert_mlp_backward", mutates_args=())
 def _expert_mlp_backward(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    gates: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor | None,
-    w2: torch.Tensor,
-    b2: torch.Tensor | None,
-    h: torch.Tensor,
-    y: torch.Tensor,
-    order: torch.Tensor,
-    slot_rows: torch.Tensor,
-    offsets: torch.Tensor,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dout: torch.Tensor, x: torch.Tensor, gates: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor | None,
+    w2: torch.Tensor, b2: torch.Tensor | None, h: torch.Tensor, y: torch.Tensor, order: torch.Tensor,
+    slot_rows: torch.Tensor, offsets: torch.Tensor, needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dx, dgates, dw1, db1, dw2, db2); empty for one that `needs` does not name, in this order."""
     (E, C, _), plan = w1.shape, RoutingPlan(order, slot_rows, offsets)
     need_dx, need_dgates, need_dw1, need_db1, need_dw2, need_db2 = needs

@@ -89,19 +89,9 @@ def _halves(acc):
 def _finish(
     acc,  # (BLOCK_M, some columns)
     col,  # its first column
-    num_cols,
-    rows,
-    row_mask,
-    gate,
-    bias_ptr,
-    out_ptr,
-    act_ptr,
-    h_ptr,
-    dbias_ptr,
-    EPILOGUE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    WRITE_OUT: tl.constexpr,
-):
+    num_cols, rows, row_mask, gate, bias_ptr, out_ptr, act_ptr, h_ptr, dbias_ptr, EPILOGUE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WRITE_OUT: tl.constexpr,
+):  # fmt: skip
     """Epilogue of a tile, or of a part of its columns."""
     cols = col + tl.arange(0, acc.shape[1])
     mask = row_mask[:, None] & (cols < num_cols)[None, :]
@@ -134,28 +124,13 @@ def _grouped_gemm_kernel(
     dbias_ptr,  # (row tiles, num_cols) partial sums, accumulator dtype
     order_ptr,  # (N * K,) int32: slot n * K + k of a row
     offsets_ptr,  # (E + 1,) int32
-    num_cols,
-    depth,
-    num_experts,
-    row_tiles,
-    stride_am,
-    stride_ak,
-    stride_we,
-    stride_wk,
-    stride_wn,
-    TOP_K: tl.constexpr,
+    num_cols, depth, num_experts, row_tiles, stride_am, stride_ak, stride_we, stride_wk, stride_wn, TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
     EPILOGUE: tl.constexpr,  # "linear", "gelu" (writes out if WRITE_OUT, and act) or "dgelu"
     HAS_BIAS: tl.constexpr,  # in the backward: whether dbias_ptr is written
-    WRITE_OUT: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ACC: tl.constexpr,
-    E_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    WRITE_OUT: tl.constexpr, EVEN_K: tl.constexpr, ACC: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     # GROUP_M row tiles share the columns of a weight while it is in cache.
     pid = tl.program_id(0)
     col_tiles = tl.cdiv(num_cols, BLOCK_N)
@@ -231,20 +206,9 @@ def _weight_gradient_kernel(
     order_ptr,  # (N * K,) int32: slot n * K + k of a row
     offsets_ptr,  # (E + 1,) int32
     by_size_ptr,  # (E,) int64: experts, most rows first
-    num_a,
-    num_b,
-    stride_ar,
-    stride_ac,
-    stride_br,
-    stride_bc,
-    TOP_K: tl.constexpr,
-    GATHER_A: tl.constexpr,
-    GATHER_B: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    num_a, num_b, stride_ar, stride_ac, stride_br, stride_bc, TOP_K: tl.constexpr, GATHER_A: tl.constexpr,
+    GATHER_B: tl.constexpr, ACC: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     a_tiles, b_tiles = tl.cdiv(num_a, BLOCK_A), tl.cdiv(num_b, BLOCK_B)
     pid = tl.program_id(0)
     expert = tl.load(by_size_ptr + pid // (a_tiles * b_tiles)).to(tl.int64)

@@ -63,15 +63,8 @@ def _forward_kernel(
     y_ptr,  # (N, C)
     mean_ptr,  # (N,) float32 or float64
     rstd_ptr,  # (N,) float32 or float64
-    N,
-    C,
-    stride_x,
-    stride_residual,
-    EPS: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    N, C, stride_x, stride_residual, EPS: tl.constexpr, ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_C)
     x = load_tile(x_ptr, rows, stride_x, cols, N, C)
@@ -100,16 +93,9 @@ def _backward_kernel(
     dx_ptr,  # (N, C), or None: not wanted
     dweight_ptr,  # (programs, C), partial sums, float32 or float64, or None
     dbias_ptr,  # (programs, C), partial sums, float32 or float64, or None
-    N,
-    C,
-    stride_dy,
-    stride_dtotal,
-    stride_x,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    N, C, stride_dy, stride_dtotal, stride_x, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     weight = widen(tl.load(weight_ptr + cols, mask=cols < C, other=0.0))
@@ -176,17 +162,9 @@ def _(x, residual, weight, bias, eps):
 
 @torch.library.custom_op("heiretsu::layer_norm_backward", mutates_args=())
 def _backward(
-    dy: torch.Tensor,
-    dtotal: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    need_dx: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dy: torch.Tensor, dtotal: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
+    mean: torch.Tensor, rstd: torch.Tensor, need_dx: bool, need_dweight: bool, need_dbias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dx (in the dtype of x: what was normalised), dweight, dbias; an empty tensor for one that is not needed."""
     dx, dweight, dbias = _gradients(x, weight, bias, need_dx, need_dweight, need_dbias)
     if x.numel() == 0:

@@ -115,16 +115,9 @@ def _lse_kernel(
     max_ptr,  # (splits, N), float32 or float64: running maximum, base 2
     sum_ptr,  # (splits, N)
     target_logit_ptr,  # (N,): written where the target is one of weight's rows
-    N,
-    V,
-    C,
-    stride_x,
-    stride_w,
-    SPLIT_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    N, V, C, stride_x, stride_w, SPLIT_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     WIDE: tl.constexpr = max_ptr.dtype.element_ty
     token_blocks = tl.cdiv(N, BLOCK_N)  # programs that run together read the same words
     split = (tl.program_id(0) // token_blocks).to(tl.int64)
@@ -181,17 +174,8 @@ def _dlogits_kernel(
     dlse_ptr,  # (N,)
     dtarget_ptr,  # (N,)
     out_ptr,  # (N, width), rows stride_out apart, x's dtype; columns from V on become 0
-    N,
-    V,
-    C,
-    width,
-    stride_x,
-    stride_w,
-    stride_out,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    N, V, C, width, stride_x, stride_w, stride_out, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     WIDE: tl.constexpr = lse_ptr.dtype.element_ty
     token_blocks = tl.cdiv(N, BLOCK_N)
     rows = (tl.program_id(0) % token_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -217,19 +201,9 @@ def _gemm_kernel(
     a_ptr,  # (M, K), strides stride_am, stride_ak; 0 in rows and columns that out and b do not have
     b_ptr,  # (b_rows, C), rows stride_b apart, a's dtype
     out_ptr,  # (out_rows, C): float32 or float64, or if not ADD any float
-    M,
-    K,
-    C,
-    b_rows,
-    out_rows,
-    stride_am,
-    stride_ak,
-    stride_b,
-    ADD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    M, K, C, b_rows, out_rows, stride_am, stride_ak, stride_b, ADD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """out = a @ b, or out += a @ b if ADD."""
     WIDE: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     col_blocks = tl.cdiv(C, BLOCK_C)  # programs that run together read the same rows of a, the large operand
@@ -306,16 +280,9 @@ def _(x, weight, targets, vocab_start):
 
 @torch.library.custom_op("heiretsu::linear_cross_entropy_backward", mutates_args=())
 def _backward(
-    dlse: torch.Tensor,
-    dtarget: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    vocab_start: int,
-    need_dx: bool,
-    need_dweight: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dlse: torch.Tensor, dtarget: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+    lse: torch.Tensor, vocab_start: int, need_dx: bool, need_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """dx (N, C) if need_dx and dweight (V, C) if need_dweight, else empty."""
     (N, C), V = x.shape, weight.shape[0]
     rows, dlse, dtarget = as_rows(x), dlse.contiguous(), dtarget.contiguous()

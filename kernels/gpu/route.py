@@ -41,16 +41,9 @@ def _route_kernel(
     logits_ptr,  # (N, E), any strides
     gates_ptr,  # (N, K)
     experts_ptr,  # (N, K) int64
-    num_tokens,
-    num_experts,
-    stride_n,
-    stride_e,
-    TOP_K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    E_PAD: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    num_tokens, num_experts, stride_n, stride_e, TOP_K: tl.constexpr, K_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     n, e, k, row_mask = _indices(num_tokens, E_PAD, K_PAD, BLOCK_N)
     pointers = logits_ptr + n * stride_n + e.to(tl.int64) * stride_e
     logits = tl.load(pointers, mask=row_mask & (e < num_experts), other=0.0).to(ACC)
@@ -81,16 +74,9 @@ def _route_backward_kernel(
     experts_ptr,  # (N, K) int64
     dgates_ptr,  # (N, K)
     dlogits_ptr,  # (N, E)
-    num_tokens,
-    num_experts,
-    stride_n,
-    stride_e,
-    TOP_K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    E_PAD: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    num_tokens, num_experts, stride_n, stride_e, TOP_K: tl.constexpr, K_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     n, e, k, row_mask = _indices(num_tokens, E_PAD, K_PAD, BLOCK_N)
     mask = row_mask & (k < TOP_K)
     experts = tl.load(experts_ptr + n * TOP_K + k, mask=mask, other=0)

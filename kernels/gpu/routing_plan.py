@@ -66,12 +66,8 @@ def _one_hot(experts_ptr, num_slots, num_experts, E_PAD: tl.constexpr, BLOCK: tl
 def _count_kernel(
     experts_ptr,  # (N * K,) int
     counts_ptr,  # (E + 1, blocks) int32
-    num_slots,
-    num_experts,
-    num_blocks,
-    E_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    num_slots, num_experts, num_blocks, E_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     _, one_hot = _one_hot(experts_ptr, num_slots, num_experts, E_PAD, BLOCK)
     e = tl.arange(0, E_PAD)
     tl.store(counts_ptr + e.to(tl.int64) * num_blocks + tl.program_id(0), tl.sum(one_hot, 0), mask=e <= num_experts)
@@ -85,12 +81,8 @@ def _place_kernel(
     order_ptr,  # (N * K,) int32
     slot_rows_ptr,  # (N * K,) int32
     offsets_ptr,  # (E + 1,) int32
-    num_slots,
-    num_experts,
-    num_blocks,
-    E_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    num_slots, num_experts, num_blocks, E_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     slots, one_hot = _one_hot(experts_ptr, num_slots, num_experts, E_PAD, BLOCK)
     e = tl.arange(0, E_PAD)
