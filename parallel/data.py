@@ -47,8 +47,8 @@ class GradientAverager:
         size = sum(self.params[name].numel() for name in names)
         bucket = _Bucket(self.table[names[0]].reduce_axis, first.new_zeros(size), names)
         self.buckets.append(bucket)
-        for name, piece in zip(names, bucket.flat.split([self.params[n].numel() for n in names]), strict=True):
-            self.params[name].grad = piece.view_as(self.params[name])
+        for name, part in zip(names, bucket.flat.split([self.params[n].numel() for n in names]), strict=True):
+            self.params[name].grad = part.view_as(self.params[name])
             self._bucket_of[name] = bucket
 
     def _accumulated(self, name: str) -> None:
