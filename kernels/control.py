@@ -17,6 +17,8 @@ put back at their ends. Two threads that open such blocks at once would see each
 import dataclasses
 from typing import Any
 
+GPUS = ("ampere", "hopper", "blackwell", "cdna3")  # architecture classes; "interpreter" is one more
+
 
 @dataclasses.dataclass
 class Control:

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from heiretsu.kernels.control import CONTROL
+from heiretsu.kernels.control import CONTROL, GPUS
 from heiretsu.kernels.dtypes import at_least_float32
 
 
@@ -168,7 +168,10 @@ class Record:
 
 @contextlib.contextmanager
 def recording(arch: str | None = None) -> Iterator[Record]:
-    """Inside, the yielded record collects calls and launches, of every thread. arch: see above."""
+    """Inside, the yielded record collects calls and launches, of every thread. arch: see above. ValueError for one that
+    is not known."""
+    if arch not in (None, *GPUS):
+        raise ValueError(f"recording: arch is {arch!r}; it must be one of {', '.join(GPUS)}")
     record, before = Record(), CONTROL.arch
     CONTROL.records.append(record)
     CONTROL.arch = arch or before

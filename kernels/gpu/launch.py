@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from heiretsu.kernels.control import CONTROL
+from heiretsu.kernels.control import CONTROL, GPUS
 from heiretsu.kernels.recording import Launch
 from heiretsu.kernels.versions import triton_interprets, unspecialised
 
@@ -27,7 +27,6 @@ if INTERPRETED:  # whoever imports a kernel gets it right: without this, bfloat1
     interpreter_bfloat16.install()
     interpreter_launches.install()
 
-GPUS = ("ampere", "hopper", "blackwell", "cdna3")  # architecture classes; "interpreter" is one more
 Sizes = Mapping[int | None, dict]  # {largest size that it serves: parameters}; None: every size
 
 

@@ -33,6 +33,34 @@ def test_importing_the_package_imports_neither_torch_nor_triton():
     assert done.stderr.strip() == "0", done.stderr
 
 
+WITHOUT_TRITON = """
+import importlib.util, sys
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "triton" else find_spec(name, *more)
+sys.modules["triton"] = None  # an import of it fails
+
+import torch
+from heiretsu.kernels import bias_gelu, fused
+from heiretsu.kernels.recording import recording
+import heiretsu.run.tuning
+
+x = torch.ones(2, 3, requires_grad=True)
+with recording() as record:
+    bias_gelu(x, torch.ones(3)).sum().backward()
+assert x.grad is not None and len(record.calls) == 1 and not fused.HAS_TRITON
+try:
+    bias_gelu(x.to("meta"), torch.ones(3, device="meta"))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_cpu_forms_run_without_triton():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert done.stdout == "bias_gelu: meta tensors need Triton; install it, or move them to the CPU\n", done.stderr
+
+
 CALLS = """
 from heiretsu.kernels import bias_gelu, fused
 fused.attention(1, 2, 3)

@@ -91,6 +91,8 @@ def test_recordings_nest_and_end():
     assert len(outer.calls) == 2 and len(inner.calls) == 1
     with pytest.raises(ValueError), recording() as failed:
         fused.bias_gelu(None, None)
+    with pytest.raises(ValueError, match="arch is 'sm_90'; it must be one of ampere, hopper"), recording(arch="sm_90"):
+        pytest.fail("there is no such class")
     assert failed.calls == [] and CONTROL.records == [] and CONTROL.arch is None
 
 
