@@ -32,12 +32,10 @@ class Origin:
 
 def named_checkpoint(config: RunConfig) -> Path | None:
     """What --resume names, as this rank sees it before the ranks meet: a path, or the newest complete checkpoint of a
-    folder. Its contents are `find_origin`'s to check. ValueError where the path is none."""
+    folder. Whether there is any, and whole, is `find_origin`'s to check."""
     if config.resume == "none":
         return None
     path = Path(config.checkpoint_dir if config.resume == "auto" else config.resume)
-    if config.resume != "auto" and not path.is_dir():
-        raise ValueError(f"{path}: there is no such folder")
     return path if (path / "run.json").is_file() else (complete(path) or [None])[-1]
 
 

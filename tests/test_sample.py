@@ -11,7 +11,8 @@ import torch
 import sample
 from heiretsu.data.tokenizer import load_tokenizer
 from heiretsu.kernels import plain
-from heiretsu.run import state
+from heiretsu.parallel import checkpoint_folder
+from heiretsu.run import saved, state
 from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from heiretsu.run.options import parse_args
@@ -59,6 +60,14 @@ def test_it_is_what_the_model_of_the_newest_checkpoint_says(capsys, dense):
     assert tokenizer.eot_token not in tokens
     flags = "--num_tokens 30 --temperature 0.9 --top_k 20 --seed 5".split()
     assert text(capsys, folder, "--prompt", "The ", *flags) == "The " + tokenizer.decode(tokens) + "\n"
+
+
+def test_a_checkpoint_is_read_against_its_checksums_once(capsys, dense, monkeypatch):
+    read = []
+    monkeypatch.setattr(saved, "verify", lambda path, mesh=None: read.append(path))
+    monkeypatch.setattr(checkpoint_folder, "verify", lambda path, mesh=None: read.append(path))
+    text(capsys, dense[0], "--num_tokens", "1")
+    assert read == [dense[0] / "step_00000002"]
 
 
 def test_a_seed_repeats_itself_and_another_does_not(capsys, dense):

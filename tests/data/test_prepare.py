@@ -428,6 +428,7 @@ def test_help_tells_the_defaults(capsys):
         ({"val_fraction": 1}, "--val_fraction 1: must lie between 0 and 1"),
         ({"shard_tokens": 1}, "--shard_tokens 1: must be at least 2"),
         ({"workers": 0}, "--workers 0: must be at least 1"),
+        ({"workers": 0, "shard_tokens": 2}, "--workers 0: must be at least 1"),
         ({"separator": " \n"}, "--separator .*: must hold a character other than white space"),
     ],
 )

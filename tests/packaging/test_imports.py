@@ -1,6 +1,7 @@
 """Imports go one way: train -> run -> model -> parallel; kernels, parallel, data stand alone; bench, tests see all."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,16 @@ def test_entry_scripts_import_neither_bench_nor_tests():
     scripts = sorted(set(ROOT.glob("*.py")) - {ROOT / "setup.py"})
     found = {f.name: faults(f.read_text(), SCRIPTS_MAY_IMPORT) for f in scripts}
     assert {name: bad for name, bad in found.items() if bad} == {}
+
+
+LISTING = [path for folder in FOLDERS for path in sources(folder) if "__all__ = " in path.read_text()]
+
+
+@pytest.mark.parametrize("path", LISTING, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_module_lists_as_its_own_is_there(path):
+    name = ".".join(("heiretsu", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+    module = importlib.import_module(name)
+    assert [missing for missing in module.__all__ if not hasattr(module, missing)] == []
 
 
 def test_tests_use_the_installed_names():

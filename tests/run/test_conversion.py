@@ -213,6 +213,7 @@ def test_the_command_line(published, tmp_path, capsys):
     run, out = tmp_path / "run" / "step_00000000", tmp_path / "out"
     assert capsys.readouterr().err == f"wrote {run}\nwrote {out}\n"
     assert sorted(path.name for path in out.iterdir()) == ["config.json", WEIGHTS]
+    assert (out / "config.json").read_text().startswith('{\n  "'), "for people to read, too"
     with pytest.raises(SystemExit) as exit:
         run_script(CONVERT, ["export", str(tmp_path / "nowhere"), str(tmp_path / "out2")])
     assert exit.value.code == f"convert.py: error: {tmp_path / 'nowhere'}: there is no such folder"

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from heiretsu.run import cpu_memory
+
 PROGRAM = """
 import torch
 from heiretsu.run.cpu_memory import keep_freed_memory
@@ -29,6 +31,24 @@ def run(**environment) -> str:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 def test_what_is_freed_stays_with_the_process():
     assert run() == "True True\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+@pytest.mark.parametrize("refused", [None, cpu_memory._M_MMAP_MAX, cpu_memory._M_TRIM_THRESHOLD])
+def test_nothing_is_mapped_and_the_heap_is_never_trimmed(monkeypatch, refused):
+    """malloc.h: M_MMAP_MAX is -4 and M_TRIM_THRESHOLD -1, whose value -1 is never; mallopt gives 1 where it did it."""
+    asked = {}
+
+    class Libc:
+        def mallopt(self, setting, value):
+            asked[setting] = value
+            return int(setting != refused)
+
+    monkeypatch.setattr(cpu_memory.ctypes, "CDLL", lambda name: Libc())
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    assert cpu_memory.keep_freed_memory() is (refused is None)
+    assert asked == {-4: 0, -1: -1} if refused != -4 else {-4: 0}
 
 
 def test_settings_of_the_user_stay():
