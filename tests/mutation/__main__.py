@@ -34,7 +34,7 @@ from tests.mutation.reach import Measured, Reach, measure, test_files, test_func
 PRODUCT = [
     "train.py", "sample.py", "convert.py", "modal_train.py", "model/**/*.py",
     "parallel/**/*.py", "data/*.py", "run/**/*.py",
-    "kernels/plain.py", "kernels/fused.py", "kernels/*arguments.py", "kernels/cpu/*.py",
+    "kernels/*.py", "kernels/cpu/*.py",
 ]  # fmt: skip
 IMPORT = "its import alone"  # no test has this name: the file is collected, and nothing is run
 FIRST_BUNDLE_S = 3.0  # most edits are seen by the first few tests: no need to import the files of all the others

@@ -12,7 +12,7 @@ import sys
 import threading
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-FOLDERS = ("kernels", "parallel", "model", "data", "run", "bench")
+FOLDERS = ("kernels", "parallel", "model", "data", "run", "offgpu", "bench")
 
 
 class _FromTheCopy:
