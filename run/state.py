@@ -36,7 +36,8 @@ def load(path: str | os.PathLike, engine: Engine, config: dict, verified: bool =
     run = _matching_run(path, engine, config, verified)
     engine.updater.restore(run)
     pieces = engine.updater.pieces()
-    theirs, ours = ({name.partition("/")[0] for name in names} for names in (checkpoint.stored_shapes(path), pieces))
+    split = [[name.partition("/") for name in names] for names in (checkpoint.stored_shapes(path), pieces)]
+    theirs, ours = ({kind for kind, _, name in names if name in engine.params} for names in split)
     if theirs != ours:
         held, kept = (" and ".join(sorted(kinds - {"model"})) or "nothing" for kinds in (theirs, ours))
         raise ValueError(
