@@ -10,6 +10,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Entry:
     """One shipped configuration: of `tiles`, for architecture class `arch`. row: the kernel's name, or that and "/fp32"
     or "/dropout". size: the largest that it serves; None: every size. Equal, and pickled, by these names."""
 
-    tiles: "Tiles" = dataclasses.field(repr=False)
+    tiles: "Tiles" = dataclasses.field(repr=False, compare=False)
     arch: str
     row: str
     size: int | None
@@ -128,7 +129,7 @@ class Parameters(dict):
 def all_tiles() -> dict[str, Tiles]:
     """{name: tiles} of every kernel file of this folder."""
     found: dict[str, Tiles] = {}
-    for module in pkgutil.iter_modules([str(folder) for folder in importlib.import_module(__package__).__path__]):
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module.name.startswith("interpreter_"):  # they mend the interpreter when they are imported, or fail without
             continue
         for value in vars(importlib.import_module(f"{__package__}.{module.name}")).values():
