@@ -6,23 +6,57 @@
 The text goes to standard output as it is made; what made it, to standard error. It ends early where the model ends it.
 """
 
+from __future__ import annotations
+
 import argparse
 import codecs
+import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-try:
+if importlib.util.find_spec("heiretsu") is None:
+    sys.exit("heiretsu is not installed: run `pip install -e .` here (or `make install`, which makes a .venv)")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="sample.py",
+        description="Generate text from any checkpoint on one device.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="one step's folder, or a run's, whose newest is taken")
+    add("--prompt", default="", help="what the text begins with; nothing: a new document")
+    add("--num_tokens", type=int, default=200, help="tokens to generate")
+    add("--temperature", type=float, default=0.8, help="divides the logits; 0: always the likeliest token")
+    add("--top_k", type=int, help="draw from so many of the likeliest tokens only; default: from all")
+    add("--seed", type=int, default=1337)
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--fused", action="store_true", help="run the fused kernels instead of plain PyTorch")
+    add("--vocab_dir", help="folder with GPT-2's encoder.json and vocab.bpe, where tiktoken cannot download them")
+    args = parser.parse_args(argv)
+    for name, low in (("num_tokens", 0), ("temperature", 0), ("top_k", 1)):
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            parser.error(f"--{name} {value} must be at least {low}")
+    return args
+
+
+ARGS = parse_args() if __name__ == "__main__" else None  # before torch, whose import takes seconds
+
+import torch
+
+from heiretsu.data.terminal import escape_what_cannot_be_printed
+from heiretsu.data.tokenizer import load_tokenizer
+from heiretsu.parallel.checkpoint import read_run
+from heiretsu.run.device import choose_device, choose_ops
+from heiretsu.run.sampling import generate
+from heiretsu.run.saved import load_model, newest_in, say_on_stderr
+
+if TYPE_CHECKING:
     import tiktoken
-    import torch
-
-    from heiretsu.data.terminal import escape_what_cannot_be_printed
-    from heiretsu.data.tokenizer import load_tokenizer
-    from heiretsu.parallel.checkpoint import read_run
-    from heiretsu.run.device import choose_device, choose_ops
-    from heiretsu.run.sampling import generate
-    from heiretsu.run.saved import load_model, newest_in, say_on_stderr
-except ModuleNotFoundError as error:
-    sys.exit(f"{error}: install the checkout first, with `pip install -e .` (or `make install`, which makes a .venv)")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -58,30 +92,5 @@ def decode(tokenizer: tiktoken.Encoding, tokens: Iterable[int]) -> Iterator[str]
     yield utf8.decode(b"", final=True)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="sample.py",
-        description="Generate text from any checkpoint on one device.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="one step's folder, or a run's, whose newest is taken")
-    add("--prompt", default="", help="what the text begins with; nothing: a new document")
-    add("--num_tokens", type=int, default=200, help="tokens to generate")
-    add("--temperature", type=float, default=0.8, help="divides the logits; 0: always the likeliest token")
-    add("--top_k", type=int, help="draw from so many of the likeliest tokens only; default: from all")
-    add("--seed", type=int, default=1337)
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--fused", action="store_true", help="run the fused kernels instead of plain PyTorch")
-    add("--vocab_dir", help="folder with GPT-2's encoder.json and vocab.bpe, where tiktoken cannot download them")
-    args = parser.parse_args(argv)
-    for name, low in (("num_tokens", 0), ("temperature", 0), ("top_k", 1)):
-        value = getattr(args, name)
-        if value is not None and not value >= low:
-            parser.error(f"--{name} {value} must be at least {low}")
-    return args
-
-
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -10,8 +10,8 @@ VOCAB_MULTIPLE = 128  # GEMMs like whole tiles; fixed, so that a weight has one 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A GPT-2 (Radford et al. 2019), dense where num_experts is 0, else with a mixture of experts every moe_freq
-    layers."""
+    """A GPT-2 (Radford et al. 2019), dense where num_experts is 0, else with a mixture of experts every moe_freq-th
+    layer."""
 
     vocab_size: int = 257
     block_size: int = 128
@@ -74,8 +74,7 @@ class ModelConfig:
 
     @property
     def flops_per_token(self) -> int:
-        """Of one training step: 2 per multiply-add, three times (forward, dx, dw). For MFU; recomputation not
-        counted."""
+        """Of one training step, without recomputation: 2 a multiply-add, three times (forward, dx, dw). For MFU."""
         return 6 * (sum(map(self.layer_macs, range(self.n_layer))) + self.head_macs)
 
 

@@ -80,9 +80,8 @@ def balance_loss(logits: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Ten
     """Switch balance loss of each sequence, averaged over sequences (Fedus et al. 2021, arXiv:2101.03961, eq. 4).
 
     logits: (B, T, E). experts: (B, T, K). For a sequence: E * sum_e f_e * p_e, with f_e the share of its token slots
-    sent to
-    expert e and p_e its mean probability. Taken within sequences, so that it does not depend on how they are grouped.
-    Returns the loss, 1 when balanced, and the tokens of each expert, (E,) int64.
+    sent to expert e and p_e its mean probability. Taken within sequences, so that it does not depend on how they are
+    grouped. Returns the loss, 1 when balanced, and the tokens of each expert, (E,) int64.
     """
     E = logits.shape[-1]
     chosen = torch.zeros_like(logits).scatter_add(2, experts, torch.ones_like(logits[..., : experts.shape[2]]))

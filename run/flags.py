@@ -16,8 +16,10 @@ from typing import Any, Literal, get_args, get_origin
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number of the command line must be, in words too. above, below: excluded; low, high: included. NaN and inf
-    never hold."""
+    """What a number of the command line must be, in words too. above, below: excluded; low, high: included.
+
+    NaN and inf never hold.
+    """
 
     words: str
     low: float = -math.inf

@@ -51,7 +51,7 @@ def find_interface(environment: Mapping[str, str], route_to: str | None = None) 
         return None
     problem = f"its own name resolves to {own[0]}" if own else "its own name resolves to nothing"
     if route_to is not None:
-        leads = next((name for name in outward if _source_address(route_to) in found[name]), None)
+        leads = next((name for name in outward if source_address(route_to) in found[name]), None)
         if leads is not None:
             return leads
     if len(outward) == 1:
@@ -92,7 +92,7 @@ def is_loopback(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
 
 
-def _source_address(target: str) -> str | None:
+def source_address(target: str) -> str | None:
     """This machine's address on the way to another. Nothing is sent: a datagram socket only looks up the route."""
     with contextlib.suppress(OSError):
         family, kind, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]

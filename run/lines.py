@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from heiretsu.run.interfaces import source_address
+
 _MOST_BYTES = 2**24  # unsent: beyond it the other side has been deaf for so long that more would only fill memory
 
 
@@ -64,12 +66,7 @@ class Line:
 
 def own_address(towards: str) -> str:
     """This machine's address on the network where `towards`, another machine or this one, is found."""
-    with contextlib.suppress(OSError):
-        family, *_, address = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # sends nothing: it only looks up the route
-            return probe.getsockname()[0]
-    return socket.gethostname()
+    return source_address(towards) or socket.gethostname()
 
 
 def listen() -> socket.socket:

@@ -56,8 +56,8 @@ def generate(
 
 
 def find_tokenizer(config: RunConfig, mesh: Mesh):
-    """What turns the sample at the end of a run into text; None where there is to be none, or where it cannot be
-    had."""
+    """What turns the sample at the end of a run into text. None where there is to be none; where it cannot be had, a
+    line says why."""
     if not config.sample_tokens or mesh.world.size > 1:
         return None
     try:

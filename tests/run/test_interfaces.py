@@ -16,7 +16,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(interfaces, "interfaces", lambda: FOUND)
     monkeypatch.setattr(interfaces.socket, "gethostname", lambda: "here")
     monkeypatch.setattr(interfaces, "addresses_of", lambda name: resolves.get(name, []))
-    monkeypatch.setattr(interfaces, "_source_address", lambda target: "198.51.100.7" if target == MASTER else None)
+    monkeypatch.setattr(interfaces, "source_address", lambda target: "198.51.100.7" if target == MASTER else None)
     return resolves
 
 
