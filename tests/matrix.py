@@ -54,7 +54,7 @@ class Pair(NamedTuple):
 # Releases of PyTorch from the oldest that pyproject.toml takes, each with the Triton that it names.
 PAIRS = (
     Pair("2.11.0", "3.6.0"),
-    Pair("2.12.0", "3.7.0"),
+    Pair("2.12.1", "3.7.1"),
     Pair("2.13.0", "3.7.1"),
     Pair("2.14.1", "3.8.0"),
     Pair("2.15.0", "3.9.0"),
@@ -189,7 +189,10 @@ def pins() -> dict[str, str]:
 
 def make(pair: Pair, index: str) -> str:
     """'' if the pair's environment is there, made now or earlier from the same files; else why not, in a line."""
-    made_from = "\n".join((ROOT / name).read_text() for name in ("pyproject.toml", "setup.py", "constraints.txt"))
+    packages = (
+        (ROOT / "pyproject.toml").read_text().partition("[tool.")[0]
+    )  # the rest changes nothing that is installed
+    made_from = "\n".join([packages, *((ROOT / name).read_text() for name in ("setup.py", "constraints.txt"))])
     stamp = pair.folder / "made-from"
     if stamp.is_file() and stamp.read_text() == made_from:
         return ""
@@ -304,7 +307,7 @@ def remember(pair: Pair, seen: Seen) -> None:
 def page() -> str:
     """Everything that was seen, as Markdown."""
     rows = []
-    for file in sorted(FOLDER.glob("*.json")):
+    for file in sorted(FOLDER.glob("torch-*.json")):
         known = json.loads(file.read_text())
         versions = list(known["pair"])
         if known["why_not"]:

@@ -15,6 +15,7 @@ NEWEST = Pair("9.1.0", "8.2.0")
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "plan.json").write_text("{}")  # pip's, beside what was seen
     monkeypatch.setattr(matrix, "FOLDER", tmp_path)
     monkeypatch.setattr(matrix, "PAGE", tmp_path / "matrix.md")
     monkeypatch.setattr(Pair, "folder", property(lambda pair: tmp_path / f"torch-{pair.torch}-triton-{pair.triton}"))
