@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     audit = parser.add_argument_group("compile audit")
     audit.add_argument("--audit", action="store_true", help="compile ahead of time and check, instead of measuring")
     audit.add_argument("--arch", default="sm_80,sm_90,sm_100,gfx942", help="machines to compile for (%(default)s)")
-    audit.add_argument("--audit-file", metavar="FILE", help="audit this Python file's audit_cases, not the library's")
+    audit.add_argument("--audit-file", metavar="FILE", help="audit what this file's CALLS launch, not the library's")
     audit.add_argument("--fit-only", action="store_true", help="no bars: only that everything compiles and fits")
     audit.add_argument("--jobs", type=int, default=2, help="compile so many cases at a time (%(default)s)")
     return parser

@@ -9,12 +9,10 @@ bounds: the share of the peak that each kernel reaches, beside the audit's upper
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import triton
 
 from heiretsu.bench import train as steps_of
 from heiretsu.bench import workloads
@@ -25,8 +23,9 @@ from heiretsu.bench.measure import place
 from heiretsu.bench.parity import cotangents_for, gradients_of
 from heiretsu.kernels import fused
 from heiretsu.kernels.arguments import CHECKS
-from heiretsu.kernels.gpu.launch import AuditCase
-from heiretsu.offgpu.audit import analysis, runner
+from heiretsu.kernels.recording import recording
+from heiretsu.offgpu.audit import analysis
+from heiretsu.offgpu.audit.calls import Configuration, configurations
 from heiretsu.offgpu.audit.compiling import compile_kernel
 from heiretsu.offgpu.emulator import installed
 from heiretsu.offgpu.machines import machine
@@ -57,16 +56,8 @@ def items(kit: Kit, group: str) -> list[Item]:
 # ---- resources
 
 
-def audited(arch: str) -> list[AuditCase]:
-    """Every case of the audit for a machine, each once."""
-    found: dict[str, AuditCase] = {}
-    for source in runner.kernel_modules():
-        found |= runner.cases(source, arch)
-    return list(found.values())
-
-
 def resource_items(kit: Kit) -> list[Item]:
-    cases = audited(kit.device.arch)
+    cases = configurations(machine(kit.device.arch))
     if kit.rehearse:
         cases = [case for case in cases if case.name.startswith("bias_gelu")][:REHEARSED_CASES]
     found = [
@@ -76,16 +67,15 @@ def resource_items(kit: Kit) -> list[Item]:
     return found + [Item(f"compiled {case.name}", functools.partial(compare_resources, kit, case)) for case in cases]
 
 
-def compare_resources(kit: Kit, case: AuditCase) -> None:
+def compare_resources(kit: Kit, case: Configuration) -> None:
     target = machine(kit.device.arch)
-    options = (case.fn, case.signature, case.constexprs, case.num_warps, case.num_stages)
-    compiled = compile_kernel(target, *options)
+    compiled = compile_kernel(target, *case.code)
     if kit.rehearse:
         with rehearsal.compiling_driver():
             driver = resources(compiled)
     else:
         driver = resources(compiled)
-    read = analysis.analyze(target, *options)  # the same code, out of Triton's cache
+    read = analysis.analyze(target, *case.code)  # the same code, out of Triton's cache
     claim = published.claims(kit.device.arch).get(case.name)
     kit.figure(
         case.name, driver.registers, "registers", spill_bytes=driver.spill_bytes, shared_bytes=driver.shared_bytes,
@@ -107,13 +97,14 @@ def compare_resources(kit: Kit, case: AuditCase) -> None:
 
 def compare_launches(kit: Kit, flags: list[str]) -> None:
     """Launch what a model of these flags launches, and look up each compiled kernel among the audit's cases."""
-    if kit.rehearse:
-        with rehearsal.compiling_driver():
-            call_kernels(kit, TINY, limit=("bias_gelu",))
-    else:
-        call_kernels(kit, flags)
-    cases = audited(kit.device.arch)
-    for fn in kernel_functions():
+    with recording() as record:
+        if kit.rehearse:
+            with rehearsal.compiling_driver():
+                call_kernels(kit, TINY, limit=("bias_gelu",))
+        else:
+            call_kernels(kit, flags)
+    cases = configurations(machine(kit.device.arch))
+    for fn in dict.fromkeys(launch.kernel for launch in record.launches):
         for constants, compiled in compiled_variants(fn):
             case = matching_case(cases, fn, constants, compiled)
             said = resources(compiled) if not kit.rehearse else None
@@ -149,19 +140,11 @@ def triton_ops():
     return Ops
 
 
-def kernel_functions() -> list:
-    """Every @triton.jit function of the library that is launched (not inlined into another)."""
-    audit = {case.fn for case in audited("sm_90")}
-    modules = [importlib.import_module(name) for name in runner.kernel_modules()]
-    functions = {id(f): f for m in modules for f in vars(m).values() if isinstance(f, triton.runtime.jit.JITFunction)}
-    return [f for f in functions.values() if f in audit or f.device_caches]
-
-
-def matching_case(cases: list[AuditCase], fn, constants: dict, compiled) -> AuditCase | None:
+def matching_case(cases: list[Configuration], fn, constants: dict, compiled) -> Configuration | None:
     """The audit's case that was compiled with the same flags, block sizes, warps, stages and pointer types."""
     types = dict(compiled.src.signature)
 
-    def fits(case: AuditCase) -> bool:
+    def fits(case: Configuration) -> bool:
         flags = {name: value for name, value in case.constexprs.items() if name.isupper()}
         pointers = {name: kind.partition(":")[0] for name, kind in case.signature.items() if kind.startswith("*")}
         return (

@@ -11,7 +11,6 @@ import torch
 from heiretsu.kernels.arguments import attention_options, checked, reverse_mode_only
 from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import attention_backward, attention_forward, launch
-from heiretsu.kernels.gpu.attention_tiles import block_d
 from heiretsu.kernels.random import Dropout
 
 
@@ -101,62 +100,3 @@ def _launch(q, k, v, *options):
         raise ValueError("attention: the Triton kernel takes float64 in the interpreter only; use float32 on a GPU")
     reverse_mode_only("attention", q, k, v)
     return _attention(q, k, v, *attention_options(q, *options))
-
-
-# {kernel: (function, matrix products a block, bf16 pointers, float32 pointers, operands with strides)}; of an operand
-# "qt" the batch, heads and length strides are stride_qb, stride_qh and stride_qt, and the head dim's is 1.
-_AUDITED = {
-    "attention_forward": (attention_forward._forward_kernel, 2, "q k v out", "lse", "qt ks vs"),
-    "attention_delta": (attention_backward._delta_kernel, 0, "out dout", "lse delta lse_log2", "ot"),
-    "attention_dkdv": (attention_backward._dkdv_kernel, 4, "q k v dout dk dv", "lse_log2 delta", "qt ks vs ot"),
-    "attention_dq": (attention_backward._dq_kernel, 3, "q k v dout dq", "lse_log2 delta", "qt ks vs ot"),
-}
-
-
-# What Philox leaves of the tensor cores' peak for one matrix product of D = 64, less a tenth.
-_DROPOUT_BOUND = {"ampere": 0.075, "hopper": 0.045, "blackwell": 0.02, "cdna3": 0.045}
-# Bytes that a thread spills, where it does; D = 256 is not what the tiles are made for.
-_SPILLS = {
-    ("hopper", "attention_dkdv D256"): 248,
-    ("hopper", "attention_dkdv D256 groups of 4"): 256,
-    ("hopper", "attention_dq D256"): 32,
-    ("hopper", "attention_dkdv D256 dropout"): 176,
-    ("hopper", "attention_dq D256 dropout"): 128,
-    ("blackwell", "attention_forward D256 fp32"): 32,
-}
-
-
-def audit_cases(arch) -> list[launch.AuditCase]:
-    """The launches of architecture class `arch`: causal, D 64, 128 and 256, on views of a fused projection; in bf16
-    without and with dropout, dk and dv also of groups of 4 heads, and in float32.
-    """
-    cases = [_audit_case(arch, kernel, D) for kernel in _AUDITED for D in (64, 128, 256)]
-    with_mask = [kernel for kernel in _AUDITED if kernel != "attention_delta"]
-    cases += [_audit_case(arch, kernel, D, dropout=True) for kernel in with_mask for D in (64, 128, 256)]
-    cases += [_audit_case(arch, "attention_dkdv", D, group=4) for D in (64, 128, 256)]
-    cases += [_audit_case(arch, "attention_dkdv", D, dropout=True, group=4) for D in (64, 128)]
-    return cases + [_audit_case(arch, kernel, D, "fp32") for kernel in with_mask for D in (64, 128, 256)]
-
-
-def _audit_case(arch, kernel, D, dtype="bf16", dropout=False, group=1):
-    function, products, operands, floats, strided = _AUDITED[kernel]
-    signature = {f"{name}_ptr": f"*{dtype}:16" for name in operands.split()}
-    signature |= {f"{name}_ptr": "*fp32:16" for name in floats.split()}
-    signature |= {f"stride_{name[0]}{dim}": "i32:16" for name in strided.split() for dim in ("b", "h", name[1])}
-    blocks = launch.lookup(kernel, arch, D, itemsize=4 if dtype == "fp32" else 2, dropout=dropout)
-    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-    constexprs = {f"stride_{name[0]}d": 1 for name in strided.split()} | {"D": D, "BLOCK_D": block_d(D)} | blocks
-    if kernel == "attention_delta":
-        signature |= dict.fromkeys(("stride_lb", "stride_lh", "stride_lt", "H", "T"), "i32")
-        return launch.AuditCase(f"{kernel} D{D}", function, signature, constexprs | {"dlse_ptr": None}, **options)
-    signature |= dict.fromkeys(("H", "T", "S", "batch_offset", "head_offset"), "i32") | {"seed": "i64"}
-    constexprs |= dict(GROUP=group, CAUSAL=True, SCALE=D**-0.5, DROP_BELOW=0, KEEP_SCALE=1.0)
-    special = [name for name, wanted in (("dropout", dropout), ("groups of 4", group == 4)) if wanted]
-    name = f"{kernel} D{D} {dtype if dtype == 'fp32' else ', '.join(special)}".strip()
-    bars: dict = dict(max_spill_bytes=_SPILLS.get((arch, name), 0), quick=name == f"{kernel} D{D}")
-    if dropout:
-        constexprs |= dict(DROP_BELOW=2**32 // 10, KEEP_SCALE=1 / 0.9)
-    if D <= 128 and dtype == "bf16":  # beyond, some compute a product twice, which the closed form does not know
-        bars["loop_flops"] = 2 * products * blocks["BLOCK_M"] * blocks["BLOCK_N"] * block_d(D)
-        bars["min_bound"] = _DROPOUT_BOUND[arch] * products * D / 64 if dropout else 0.0
-    return launch.AuditCase(name, function, signature, constexprs, **options, **bars)

@@ -144,22 +144,3 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     launch.require_device("bias_gelu", x)
     reverse_mode_only("bias_gelu", x, bias)
     return _forward(x, bias.contiguous())
-
-
-def audit_cases(arch: str) -> list[launch.AuditCase]:
-    """The launches at bf16, float32 bias, and F divisible by 16."""
-    cases = []
-    for name, fn, tensors in (
-        ("bias_gelu_forward", _forward_kernel, {"x_ptr": "*bf16:16", "bias_ptr": "*fp32:16", "out_ptr": "*bf16:16"}),
-        (
-            "bias_gelu_backward",
-            _backward_kernel,
-            {"dout_ptr": "*bf16:16", "x_ptr": "*bf16:16", "bias_ptr": "*fp32:16", "dx_ptr": "*bf16:16"}
-            | {"partial_ptr": "*fp32:16", "stride_dout": "i32:16"},
-        ),
-    ):
-        constexprs = launch.lookup(name, arch)
-        warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
-        signature = tensors | {"N": "i32:16", "F": "i32:16", "stride_x": "i32:16"}
-        cases.append(launch.AuditCase(name, fn, signature, constexprs, warps, stages, min_bound=1.0))
-    return cases

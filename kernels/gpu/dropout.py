@@ -87,12 +87,3 @@ def dropout(x: torch.Tensor, p: float, seed: int, offset: int = 0) -> torch.Tens
     launch.require_device("dropout", x)
     reverse_mode_only("dropout", x)
     return _dropout(x, float(p), signed(seed), offset)
-
-
-def audit_cases(arch: str) -> list[launch.AuditCase]:
-    """The launch at bf16 and p = 0.1. No bar on its bound: see the header."""
-    constexprs = launch.lookup("dropout", arch) | dict(THRESHOLD=drop_threshold(0.1), KEEP_PROBABILITY=0.9)
-    warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
-    signature = {"x_ptr": "*bf16:16", "out_ptr": "*bf16:16", "N": "i32:16", "C": "i32:16", "T": "i32"}
-    signature |= {"stride_x": "i32:16", "seed": "i64", "offset": "i32"}
-    return [launch.AuditCase("dropout", _kernel, signature, constexprs, warps, stages)]

@@ -34,7 +34,7 @@ from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import grouped_gemm, launch
 from heiretsu.kernels.gpu.grouped_gemm import find_tile
-from heiretsu.kernels.gpu.launch import AuditCase, Tiles, accumulator, on_every_gpu
+from heiretsu.kernels.gpu.launch import Tiles, accumulator, on_every_gpu
 from heiretsu.kernels.gpu.routing_plan import RoutingPlan, make_plan
 
 # The passes over rows beside the GEMMs, whose tiles are in grouped_gemm.py.
@@ -286,28 +286,3 @@ def expert_mlp(x, experts, gates, w1, b1, w2, b2):
     reverse_mode_only("expert_mlp", x, gates, w1, b1, w2, b2)
     wants_gradient = any(t is not None and t.requires_grad for t in (x, gates, w1, b1, w2, b2))
     return _expert_mlp(x, experts, gates, w1, b1, w2, b2, torch.is_grad_enabled() and wants_gradient)[0]
-
-
-def audit_cases(arch: str) -> list[AuditCase]:
-    """The launches of this file's kernels on architecture class `arch`: bf16, 8 experts, top 2."""
-    common = dict(TOP_K=2, ACC=tl.float32)
-    combine = dict(rows_ptr="*bf16:16", gates_ptr="*bf16:16", slot_rows_ptr="*i32:16", out_ptr="*bf16:16")
-    combine |= dict(num_tokens="i32:16", num_cols="i32:16")
-    backward = dict.fromkeys(("dout_ptr", "y_ptr", "gates_ptr", "dgates_ptr"), "*bf16:16")
-    backward |= dict(partial_ptr="*fp32:16", order_ptr="*i32:16", offsets_ptr="*i32:16")
-    backward |= dict(num_cols="i32:16", num_experts="i32")
-    parts = dict(
-        partial_ptr="*fp32:16", out_ptr="*fp32:16", offsets_ptr="*i32:16", num_cols="i32:16", num_experts="i32"
-    )
-    launches = (
-        ("moe_combine", _combine_kernel, combine, common | dict(GATED=True)),
-        ("moe_combine_backward", _combine_backward_kernel, backward, common | dict(HAS_BIAS=True, E_PAD=8)),
-        ("moe_sum_tiles", _sum_tiles_kernel, parts, dict(E_PAD=8, TILE_ROWS=128)),
-    )
-    cases = []
-    for entry, kernel, signature, constexprs in launches:
-        meta = launch.lookup(entry, arch)
-        blocks = {key: value for key, value in meta.items() if key.isupper()}
-        options = dict(num_warps=meta["num_warps"], num_stages=meta["num_stages"])
-        cases.append(AuditCase(f"expert_mlp {entry}", kernel, signature, constexprs | blocks, **options))
-    return cases

@@ -26,9 +26,8 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels.dtypes import at_least_float32
-from heiretsu.kernels.gpu import launch
 from heiretsu.kernels.gpu.gelu import gelu, gelu_and_derivative
-from heiretsu.kernels.gpu.launch import AuditCase, Sizes, Tiles, accumulator, on_every_gpu
+from heiretsu.kernels.gpu.launch import Sizes, Tiles, accumulator, on_every_gpu
 
 # 128x256 with 8 warps is bound by the tensor cores on A100, H100 and MI300X (1.00) and by shared memory on B200 (.67);
 # 128x128 stops at .8 on H100, 256x128 at .89. Nothing spills; A100 and H100 use 166 to 255 registers. Shared KB: A100
@@ -292,59 +291,3 @@ def weight_gradients(a, b, plan, like, *, gather_a=False, gather_b=False):
             TOP_K=plan.top_k, GATHER_A=gather_a, GATHER_B=gather_b, ACC=accumulator(a.dtype),
         )  # fmt: skip
     return out
-
-
-# The shape that audits compile for: bf16 activations, float32 master weights and biases.
-AUDIT_TOP_K, AUDIT_EXPERTS, AUDIT_E_PAD = 2, 8, 8
-
-
-def audit_cases(arch: str) -> list[AuditCase]:
-    """The launches of expert_mlp's four grouped GEMMs and two weight gradients on architecture class `arch`.
-
-    Also with the other tiles: of sizes and strides that are no multiple of 16, and of float32.
-    """
-    return [case for tile in ("", "_odd", "/fp32") for case in _audit_cases(arch, tile)]
-
-
-def _audit_cases(arch: str, tile: str) -> list[AuditCase]:
-    """tile: "", "_odd" or "/fp32": the end of a table entry's name."""
-    dtype, size = "*fp32:16" if tile == "/fp32" else "*bf16:16", "i32" if tile == "_odd" else "i32:16"
-    meta = launch.lookup(f"grouped_gemm{tile}", arch)
-    cases = []
-    for name, epilogue, gather, transposed in (
-        ("hidden (x W1, bias, GELU)", "gelu", True, False),
-        ("output (a W2, bias)", "linear", False, False),
-        ("dhidden (dout W2^T, GELU backward)", "dgelu", True, True),
-        ("dx (dh W1^T)", "linear", False, True),
-    ):
-        signature = dict.fromkeys(("a_ptr", "w_ptr", "out_ptr", "act_ptr", "h_ptr", "gates_ptr"), dtype)
-        signature |= dict(bias_ptr="*fp32:16", dbias_ptr="*fp32:16", order_ptr="*i32:16", offsets_ptr="*i32:16")
-        signature |= dict(num_cols=size, depth=size, num_experts="i32", row_tiles="i32")
-        signature |= dict(stride_am=size, stride_we=size)
-        signature["stride_wn" if transposed else "stride_wk"] = size
-        constexprs: dict = {"stride_ak": 1, "stride_wk" if transposed else "stride_wn": 1}
-        constexprs |= dict(TOP_K=AUDIT_TOP_K, GATHER=gather, EPILOGUE=epilogue, WRITE_OUT=True, EVEN_K=tile != "_odd")
-        constexprs |= dict(HAS_BIAS=name != "dx (dh W1^T)", ACC=tl.float32, E_PAD=AUDIT_E_PAD)
-        flops = 2 * meta["BLOCK_M"] * meta["BLOCK_N"] * meta["BLOCK_K"]
-        cases.append(_audit_case(arch, tile, name, _grouped_gemm_kernel, signature, constexprs, meta, flops))
-    meta = launch.lookup(f"grouped_gemm_dw{tile}", arch)
-    for name, gather_a in (("dW1 (x^T dh)", True), ("dW2 (a^T dout)", False)):
-        signature = dict(a_ptr=dtype, b_ptr=dtype, out_ptr="*fp32:16", order_ptr="*i32:16")
-        signature |= dict(offsets_ptr="*i32:16", by_size_ptr="*i64:16", num_a=size, num_b=size)
-        signature |= dict(stride_ar=size, stride_br=size)
-        constexprs = dict(stride_ac=1, stride_bc=1, TOP_K=AUDIT_TOP_K, ACC=tl.float32)
-        constexprs |= dict(GATHER_A=gather_a, GATHER_B=not gather_a)
-        flops = 2 * meta["BLOCK_A"] * meta["BLOCK_B"] * meta["BLOCK_R"]
-        cases.append(_audit_case(arch, tile, name, _weight_gradient_kernel, signature, constexprs, meta, flops))
-    return cases
-
-
-def _audit_case(arch, tile, name, kernel, signature, constexprs, meta, flops):
-    constexprs = constexprs | {key: value for key, value in meta.items() if key.isupper()}
-    options: dict = dict(num_warps=meta["num_warps"], num_stages=meta["num_stages"], quick=not tile)
-    if tile != "/fp32":  # float32 has no tensor cores without TF32
-        options["loop_flops"] = flops
-    if not tile:
-        options["min_bound"] = dict(ampere=0.95, hopper=0.95, blackwell=0.65, cdna3=0.95)[arch]
-    title = {"": "expert_mlp", "_odd": "expert_mlp, odd sizes:", "/fp32": "expert_mlp, float32:"}[tile]
-    return AuditCase(f"{title} {name}", kernel, signature, constexprs, **options)

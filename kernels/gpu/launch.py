@@ -218,33 +218,3 @@ def require_device(op: str, tensor: torch.Tensor) -> None:
         f"{op}: the Triton kernel was given {device.type} tensors; move them to a GPU, set TRITON_INTERPRET=1 before "
         f"the import, or call heiretsu.kernels.fused.{op}, which has a CPU form"
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class AuditCase:
-    """One shipped launch of one kernel, as the compile audit takes it: compiled ahead of time, never run.
-
-    A kernel file's audit_cases(arch) lists its own for one architecture class (as `lookup` takes it).
-    signature: Triton type of each run-time argument ("*bf16:16", "i32"; ":16" says divisible by 16). constexprs: the
-    rest, strides of 1 included. The bars: max_spill_bytes a thread; min_bound, the least share of the tensor cores'
-    (or, without a dot, of the memory's) peak that the hot loop's other pipes leave possible; loop_flops, what one
-    iteration of the hot loop computes by closed form, which shows that the audit read the right loop. quick: whether a
-    quick audit takes it, too.
-    """
-
-    name: str
-    fn: object  # the @triton.jit function
-    signature: dict[str, str]
-    constexprs: Mapping[str, object]
-    num_warps: int
-    num_stages: int
-    max_spill_bytes: int = 0
-    min_bound: float = 0.0
-    loop_flops: int | None = None
-    quick: bool = True
-
-
-def lookup(kernel: str, arch: str, size=None, itemsize: int = 2, dropout: bool = False) -> dict:
-    """What ships for a launch, whatever was chosen or overridden. kernel: the tiles' name, or that and "/fp32"."""
-    name, _, special = kernel.partition("/")
-    return tiles_named(name).find(arch, size, 4 if special == "fp32" else itemsize, dropout).parameters

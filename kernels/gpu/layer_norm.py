@@ -236,29 +236,3 @@ def layer_norm(x, weight, bias, eps=1e-5, residual=None):
     if residual is None:
         return y
     return y, total if x.requires_grad or residual.requires_grad else total.detach()  # y alone may need a gradient
-
-
-def audit_cases(arch: str) -> list[launch.AuditCase]:
-    """The launches at bf16, float32 parameters, with and without residual, for the hidden sizes of GPT-2 and 8192."""
-    cases = []
-    for C in (768, 1600, 8192):
-        for add in (False, True):
-            forward = ("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "total_ptr", "y_ptr", "mean_ptr", "rstd_ptr")
-            backward = ("dy_ptr", "dtotal_ptr", "x_ptr", "weight_ptr", "mean_ptr", "rstd_ptr", "dx_ptr", "dweight_ptr",
-                        "dbias_ptr")  # fmt: skip
-            for name, fn, pointers, strides in (
-                ("layer_norm_forward", _forward_kernel, forward, ("stride_x", "stride_residual")),
-                ("layer_norm_backward", _backward_kernel, backward, ("stride_dy", "stride_dtotal", "stride_x")),
-            ):
-                constexprs = launch.lookup(name, arch, C) | dict(ADD=add, BLOCK_C=triton.next_power_of_2(C))
-                warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
-                narrow = {"x_ptr", "residual_ptr", "total_ptr", "y_ptr", "dy_ptr", "dtotal_ptr", "dx_ptr"}
-                signature = {p: "*bf16:16" if p in narrow else "*fp32:16" for p in pointers}
-                signature |= {n: "i32:16" for n in ("N", "C", *strides)}
-                constexprs |= {"EPS": 1e-5} if fn is _forward_kernel else {}
-                cases.append(
-                    launch.AuditCase(
-                        f"{name} C={C}{' residual' * add}", fn, signature, constexprs, warps, stages, min_bound=1.0
-                    )
-                )
-    return cases

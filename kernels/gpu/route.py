@@ -12,7 +12,7 @@ import triton.language as tl
 
 from heiretsu.kernels.arguments import checked, reverse_mode_only
 from heiretsu.kernels.gpu import launch
-from heiretsu.kernels.gpu.launch import AuditCase, Tiles, accumulator, on_every_gpu
+from heiretsu.kernels.gpu.launch import Tiles, accumulator, on_every_gpu
 
 # By the number of experts. Fewer tokens the more experts there are: a program holds whole rows.
 TILES = Tiles(
@@ -158,23 +158,3 @@ def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]
     launch.require_device("route", logits)
     reverse_mode_only("route", logits)
     return _route(logits, top_k)
-
-
-def audit_cases(arch: str) -> list[AuditCase]:
-    """The launches of route on architecture class `arch`: 64 experts, top 2, bf16 logits."""
-    logits = dict(logits_ptr="*bf16:16", experts_ptr="*i64:16", num_tokens="i32:16", num_experts="i32:16")
-    logits |= dict(stride_n="i32:16")
-    gradient = dict(dgates_ptr="*bf16:16", dlogits_ptr="*bf16:16")
-    return [
-        _audit_case(_route_kernel, logits | dict(gates_ptr="*bf16:16"), arch),
-        _audit_case(_route_backward_kernel, logits | gradient, arch),
-    ]
-
-
-def _audit_case(kernel, signature, arch):
-    meta = launch.lookup("route", arch, 64)
-    blocks = {key: value for key, value in meta.items() if key.isupper()}
-    options = dict(num_warps=meta["num_warps"], num_stages=meta["num_stages"])
-    constexprs = dict(stride_e=1, TOP_K=2, K_PAD=2, E_PAD=64, ACC=tl.float32)
-    name = kernel.__name__.strip("_").removesuffix("_kernel")
-    return AuditCase(f"route {name}", kernel, signature, constexprs | blocks, **options)

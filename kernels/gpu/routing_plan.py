@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from heiretsu.kernels.gpu import launch
-from heiretsu.kernels.gpu.launch import AuditCase, Tiles, on_every_gpu
+from heiretsu.kernels.gpu.launch import Tiles, on_every_gpu
 
 # By the number of experts and one: a program holds a one-hot row for each of its slots.
 TILES = Tiles(
@@ -114,22 +113,3 @@ def make_plan(experts: torch.Tensor, num_experts: int) -> RoutingPlan:
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
     chosen.launch(_place_kernel, grid, experts, counts, ends, *plan, *sizes, E_PAD=E_PAD)
     return plan
-
-
-def audit_cases(arch: str) -> list[AuditCase]:
-    """The launches of make_plan on architecture class `arch`: 64 experts."""
-    slots = dict(experts_ptr="*i64:16", counts_ptr="*i32:16", num_slots="i32:16", num_experts="i32:16")
-    slots |= dict(num_blocks="i32:16")
-    place = dict(ends_ptr="*i32:16", order_ptr="*i32:16", slot_rows_ptr="*i32:16", offsets_ptr="*i32:16")
-    return [
-        _audit_case(_count_kernel, slots, arch),
-        _audit_case(_place_kernel, slots | place, arch),
-    ]
-
-
-def _audit_case(kernel, signature, arch):
-    meta = launch.lookup("routing_plan", arch, 65)
-    blocks = {key: value for key, value in meta.items() if key.isupper()}
-    options = dict(num_warps=meta["num_warps"], num_stages=meta["num_stages"])
-    name = kernel.__name__.strip("_").removesuffix("_kernel")
-    return AuditCase(f"routing_plan {name}", kernel, signature, dict(E_PAD=128) | blocks, **options)

@@ -1,11 +1,13 @@
-"""The compile audit: every shipped kernel configuration, compiled ahead of time and read back, without a GPU.
+"""The compile audit: what the public ops launch, compiled ahead of time and read back, without a GPU.
 
-A kernel is compiled for an architecture with the compiler that Triton ships and taken apart again: registers, spills,
-shared memory, CTAs an SM, occupancy, tensor-core instructions, load widths, and for each inner loop a cycle count per
-hardware pipe. Read in this order: machines (what an SM can do), compiling, disassembly (SASS to instructions), loops
-(control flow), lowered_text (what PTX and TTGIR know and SASS does not), pipes (instructions to cycles), model (cycles
-to bounds), nvidia and amd (one kernel's figures), analysis (a kernel from source to figures, and the reading checked
-against GEMMs that are known), bars (what must hold), runner and report.
+The ops are called on CPU tensors, forward and backward, and their launches recorded as Triton specialises them for an
+architecture. Each is compiled with the compiler that Triton ships and taken apart again: registers, spills, shared
+memory, CTAs an SM, occupancy, tensor-core instructions, load widths, and for each inner loop a cycle count per hardware
+pipe. Read in this order: calls (which, and what their launches are called), compiling, disassembly (SASS to
+instructions), loops (control flow), lowered_text (what PTX and TTGIR know and SASS does not), pipes (instructions to
+cycles), model (cycles to bounds), nvidia and amd (one kernel's figures), analysis (a kernel from source to figures, and
+the reading checked against GEMMs that are known), bars (what must hold), runner and report. What an SM can do is in
+offgpu/machines.py.
 
 What the model is. Each instruction in the body of a loop is charged to its pipe at that pipe's documented throughput
 (CUDA programming guide, "arithmetic instructions"; vendor peak FLOP/s and clocks). Everything is in SM cycles per

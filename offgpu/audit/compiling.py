@@ -13,7 +13,8 @@ def compile_kernel(machine: Machine, fn, signature, constexprs, num_warps, num_s
 
     signature: {argument: Triton type}, ":16" after a type says divisible by 16 (what the JIT infers from aligned
     pointers and round strides; without it loads are scalar). constexprs: {argument: value}, with the strides that the
-    JIT would specialise to 1. options: of the backend (maxnreg, ...). ValueError if an argument is in neither.
+    JIT would specialise to 1. For AMD the JIT also tells the compiler which tensors are smaller than 2 GiB: all, here.
+    options: of the backend (maxnreg, ...). ValueError if an argument is in neither.
     """
     while not isinstance(fn, triton.runtime.jit.JITFunction):
         fn = getattr(fn, "fn", None)  # an Autotuner or Heuristics around it
@@ -32,8 +33,11 @@ def compile_kernel(machine: Machine, fn, signature, constexprs, num_warps, num_s
         if not kind.startswith("tensordesc"):
             kind, _, divisible = kind.partition(":")
         types[name] = kind
-        if divisible:
-            attributes[(position,)] = [["tt.divisibility", int(divisible)]]
+        known = [["tt.divisibility", int(divisible)]] if divisible else []
+        if machine.is_amd and kind.startswith("*"):
+            known.append(["tt.pointer_range", 32])
+        if known:
+            attributes[(position,)] = known
     values = {(names.index(name),): value for name, value in constexprs.items()}
     source = ASTSource(fn=fn, signature=types, constexprs=values, attrs=attributes)
     with warnings.catch_warnings():

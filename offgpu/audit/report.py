@@ -1,17 +1,17 @@
-"""`python bench/kernels.py --audit`: choose the cases, compile them, print the tables, say what falls short."""
+"""`python bench/kernels.py --audit`: choose what to compile, compile it, print the tables, say what falls short."""
 
 import json
 import sys
 from pathlib import Path
 
 from heiretsu.bench import environment, tables
-from heiretsu.kernels.gpu.launch import AuditCase
 from heiretsu.offgpu.audit import bars, runner
+from heiretsu.offgpu.audit.calls import configurations
 from heiretsu.offgpu.audit.pipes import Region
-from heiretsu.offgpu.audit.runner import Job, Verdict
+from heiretsu.offgpu.audit.runner import Job, Subject, Verdict
 from heiretsu.offgpu.machines import KIB, MACHINES, machine
 
-QUICK_ARCHS = ("sm_90",)  # all quick cases there, and on the other machines the first of each kernel file
+QUICK_ARCHS = ("sm_90",)  # everything quick there, and on the other machines the first of each kernel file
 RESOURCES = ["case", "w/s", "regs", "spill B", "shared KiB", "CTA/SM", "occ", "tensor instr", "wide ld/st", "bound",
              "serial", "limit"]  # fmt: skip
 NVIDIA_PIPES = ["issue", "fma", "alu", "xu", "udp", "lsu", "smem", "tensor"]
@@ -32,17 +32,14 @@ def audit(
     jobs: int,
     fit_only: bool = False,
 ) -> int:
-    """The exit code: 0, or 1 where a configuration may not ship. source: a file to audit instead of the library.
+    """The exit code: 0, or 1 where a configuration may not ship. source: a file whose CALLS to audit instead of ours.
 
     fit_only: for Triton releases that the table was not tuned with, whose code differs: all must compile and fit.
     """
-    sources = [source] if source else runner.kernel_modules()
-    work = choose(sources, archs, quick)
+    subject = runner.subject_of(source) if source else Subject()
+    work = choose(subject, archs, quick)
     facts = environment.describe()
     print(environment.as_text(facts), end="\n\n")
-    if not work:
-        print("no kernel file has audit_cases")
-        return 1
     results = runner.run(work, archs, jobs)
     problems = [problem for _ in archs for problem in next(results)]
     print(
@@ -52,14 +49,16 @@ def audit(
         problems = []
     verdicts = []
     for verdict in results:
+        runner.judge(verdict, subject)
         if fit_only:
             verdict.failures = [text for text in verdict.failures if text.startswith("does not")]
         verdicts.append(verdict)
         _show_progress(len(verdicts), len(work), verdict)
-    problems += [f"{v.job.arch} {v.job.case_name}: {text}" for v in verdicts for text in v.failures]
-    if not source and not quick and not fit_only:
+    problems += [f"{v.job.arch} {v.job.name}: {text}" for v in verdicts for text in v.failures]
+    if not quick and not fit_only:
         for arch in archs:
-            problems += bars.unused([v.job.case_name for v in verdicts if v.job.arch == arch], arch)
+            names = [v.job.name for v in verdicts if v.job.arch == arch]
+            problems += bars.unused(names, arch, subject.bars, subject.spills)
     print("\n" + as_text(verdicts, tables.aligned) + "\n\n" + LEGEND)
     if output:
         Path(output).write_text(as_markdown(verdicts, problems, facts, archs), encoding="utf-8")
@@ -71,29 +70,28 @@ def audit(
     return 1 if problems else 0
 
 
-def choose(sources: list[str], archs: list[str], quick: bool) -> list[Job]:
-    """Every case; quick: every quick case on QUICK_ARCHS, the first of each file elsewhere.
+def choose(subject: Subject, archs: list[str], quick: bool) -> list[Job]:
+    """All that the calls launch; quick: of quick calls, on QUICK_ARCHS everything, elsewhere the first of each file.
 
-    A file may list the cases of another that it is made of: those are taken once. ValueError if a name means two cases.
+    ValueError where the calls launch nothing.
     """
     work = []
     for arch in archs:
-        seen: dict[str, AuditCase] = {}
-        for source in sources:
-            of_source = runner.cases(source, arch)
-            clashes = [name for name, case in of_source.items() if seen.get(name, case) != case]
-            if clashes:
-                raise ValueError(f"{source}: other cases have the same names on {arch}: {', '.join(clashes)}")
-            new = [name for name, case in of_source.items() if name not in seen and (case.quick or not quick)]
-            seen |= of_source
-            work += [Job(source, arch, name) for name in (new[:1] if quick and arch not in QUICK_ARCHS else new)]
+        found = configurations(machine(arch), subject.calls)
+        if not found:
+            raise ValueError("the calls launch no kernel: each must call one with CPU tensors")
+        if quick:
+            found = [case for case in found if case.quick]
+            if arch not in QUICK_ARCHS:
+                found = list({case.fn.__module__: case for case in reversed(found)}.values())[::-1]
+        work += [Job(arch, case) for case in found]
     return work
 
 
 def _show_progress(done: int, total: int, verdict: Verdict) -> None:
     if sys.stderr.isatty():
         end = "\n" if done == total else ""
-        print(f"\r\033[K{done}/{total}  {verdict.job.arch}  {verdict.job.case_name}", end=end, file=sys.stderr)
+        print(f"\r\033[K{done}/{total}  {verdict.job.arch}  {verdict.job.name}", end=end, file=sys.stderr)
 
 
 def as_text(verdicts: list[Verdict], render) -> str:
@@ -108,14 +106,14 @@ def as_text(verdicts: list[Verdict], render) -> str:
                 render(RESOURCES, [resource_row(verdict) for verdict in of_arch]),
                 render(
                     ["hot loop of", "instr", "FLOP", "bytes", *pipes],
-                    [pipe_row(v.job.case_name, v.figures.hot, pipes) for v in of_arch if v.figures],
+                    [pipe_row(v.job.name, v.figures.hot, pipes) for v in of_arch if v.figures],
                 ),
             ]
     return "\n\n".join(parts)
 
 
 def resource_row(verdict: Verdict) -> list[str]:
-    figures, name = verdict.figures, verdict.job.case_name + (" FAIL" if verdict.failures else "")
+    figures, name = verdict.figures, verdict.job.name + (" FAIL" if verdict.failures else "")
     if figures is None:
         return [name, *["-"] * (len(RESOURCES) - 1)]
     return [
@@ -156,8 +154,8 @@ Written by `python bench/kernels.py --audit --arch {",".join(archs)} --output be
 
 {LEGEND}
 
-Checked by closed form: FLOPs and bytes an iteration of GEMMs that are known, and the FLOPs that a case states for its
-hot loop.
+What the public ops launch, forward and backward, at the shapes of offgpu/audit/calls.py. Checked by closed form: FLOPs
+and bytes an iteration of GEMMs that are known, and the FLOPs of the hot loops whose tiles say them (bars.py).
 
 {outcome}
 
@@ -168,7 +166,7 @@ hot loop.
 def as_json(verdicts, problems, facts) -> dict:
     rows = []
     for verdict in verdicts:
-        row = {"case": verdict.job.case_name, "arch": verdict.job.arch, "failures": verdict.failures}
+        row = {"case": verdict.job.name, "arch": verdict.job.arch, "failures": verdict.failures}
         if figures := verdict.figures:
             row |= {
                 "warps": figures.warps,

@@ -1,33 +1,45 @@
-"""Compile and judge every case of every kernel file, several at a time."""
+"""Record what is to be audited, then compile and read it, several configurations at a time."""
 
-import importlib
 import importlib.util
 import multiprocessing
-import pkgutil
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
-import heiretsu.kernels.gpu as kernels_package
-from heiretsu.kernels.gpu.launch import AuditCase
 from heiretsu.offgpu.audit.analysis import analyze, check_reading
-from heiretsu.offgpu.audit.bars import failures
+from heiretsu.offgpu.audit.bars import BARS, SPILLS, Bar, failures
+from heiretsu.offgpu.audit.calls import CALLS, Call, Configuration
 from heiretsu.offgpu.audit.figures import Figures
 from heiretsu.offgpu.machines import machine
 
 
 @dataclass(frozen=True)
-class Job:
-    """One case, by name, so that another process can look it up. source: a module's name, or the path of a file."""
+class Subject:
+    """What is audited, and what is asked of it."""
 
-    source: str
+    calls: Sequence[Call] = CALLS
+    bars: Sequence[Bar] = BARS
+    spills: Mapping[tuple[str, str], int] = field(default_factory=lambda: SPILLS)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration on one machine."""
+
     arch: str
-    case_name: str
+    case: Configuration
+
+    @property
+    def name(self) -> str:
+        return self.case.name
 
 
 @dataclass
 class Verdict:
-    """failures: why the case may not ship, [] if it may. figures: None if it did not compile."""
+    """failures: why the configuration may not ship, [] if it may. figures: None if it did not compile."""
 
     job: Job
     figures: Figures | None
@@ -35,44 +47,44 @@ class Verdict:
     seconds: float = 0.0
 
 
-def kernel_modules() -> list[str]:
-    """Names of the library's modules that have audit_cases."""
-    names = [f"{kernels_package.__name__}.{module.name}" for module in pkgutil.iter_modules(kernels_package.__path__)]
-    return [name for name in names if hasattr(importlib.import_module(name), "audit_cases")]
-
-
-def cases(source: str, arch: str) -> dict[str, AuditCase]:
-    """{name: case} of one kernel file on one machine. ValueError where a name occurs twice."""
-    found = _load(source).audit_cases(machine(arch).kernel_class)
-    by_name = {case.name: case for case in found}
-    if len(by_name) < len(found):
-        names = sorted(case.name for case in found)
-        twice = sorted({a for a, b in zip(names, names[1:], strict=False) if a == b})
-        raise ValueError(f"{source}: audit cases need names of their own on {arch}; twice: {', '.join(twice)}")
-    return by_name
-
-
-def _load(source: str):
-    if not source.endswith(".py"):
-        return importlib.import_module(source)
-    spec = importlib.util.spec_from_file_location("audited_kernels", source)
+def subject_of(path: str) -> Subject:
+    """A Python file's: its CALLS, held to its own BARS and SPILLS, if it has any."""
+    name = f"audited_files.{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{source} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def judge(job: Job) -> Verdict:
-    """Compile one case and hold its figures against the bars. A compiler's error is a verdict, too."""
-    started = time.perf_counter()
-    case, target = cases(job.source, job.arch)[job.case_name], machine(job.arch)
+        raise ValueError(f"--audit-file {path} is not a Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        figures = analyze(target, case.fn, case.signature, case.constexprs, case.num_warps, case.num_stages)
-    except Exception as error:  # whatever the compiler raises: the other cases are still to be judged
+        spec.loader.exec_module(module)
+    except FileNotFoundError:
+        raise ValueError(f"--audit-file {path}: there is no such file") from None
+    calls = getattr(module, "CALLS", None)
+    if not calls or not all(isinstance(call, Call) for call in calls):
+        raise ValueError(
+            f"--audit-file {path} must have CALLS, a list of heiretsu.offgpu.audit.calls.Call: a label, and a function "
+            "that launches your kernels on CPU tensors"
+        )
+    return Subject(calls, getattr(module, "BARS", ()), getattr(module, "SPILLS", {}))
+
+
+def read(job: Job) -> Verdict:
+    """Compile one configuration and read its figures. A compiler's error is a verdict, too."""
+    started = time.perf_counter()
+    try:
+        verdict = Verdict(job, analyze(machine(job.arch), *job.case.code))
+    except Exception as error:  # whatever the compiler raises: the others are still to be judged
         reason = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        return Verdict(job, None, [reason], time.perf_counter() - started)
-    return Verdict(job, figures, failures(case, figures, target), time.perf_counter() - started)
+        verdict = Verdict(job, None, [reason])
+    verdict.seconds = time.perf_counter() - started
+    return verdict
+
+
+def judge(verdict: Verdict, subject: Subject) -> Verdict:
+    """With what its figures fall short of."""
+    if verdict.figures:
+        job = verdict.job
+        verdict.failures += failures(job.case, verdict.figures, machine(job.arch), subject.bars, subject.spills)
+    return verdict
 
 
 def read_known_gemms(arch: str) -> list[str]:
@@ -80,16 +92,17 @@ def read_known_gemms(arch: str) -> list[str]:
     return check_reading(machine(arch))
 
 
-def run(jobs: list[Job], archs: list[str], processes: int):
-    """Yield the closed-form check's complaints (a list of str) of each arch, then a Verdict for each job, in order."""
+def run(jobs: Sequence[Job], archs: Sequence[str], processes: int) -> Iterator:
+    """Yield the closed-form check's complaints (a list of str) of each arch, then a Verdict, not yet judged, for each
+    job, in order."""
     if processes == 1:
         yield from map(read_known_gemms, archs)
-        yield from map(judge, jobs)
+        yield from map(read, jobs)
         return
-    # fork: torch and Triton are imported once; nothing here has started a thread pool yet.
+    # fork: torch, Triton and a user's file are imported once. The children compute nothing in torch.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        readings = [pool.submit(read_known_gemms, arch) for arch in archs]
-        verdicts = [pool.submit(judge, job) for job in jobs]
-        for future in readings + verdicts:
+        futures: list[Future] = [pool.submit(read_known_gemms, arch) for arch in archs]
+        futures += [pool.submit(read, job) for job in jobs]
+        for future in futures:
             yield future.result()

@@ -16,13 +16,10 @@ from heiretsu.kernels import fused
 if not fused.HAS_TRITON:
     pytest.skip("the kit judges Triton kernels", allow_module_level=True)
 
-import triton
 
 from heiretsu.bench.gpu_kit import proof, right, shipped
-from heiretsu.kernels.gpu import launch
 from heiretsu.kernels.recording import recording
-from heiretsu.offgpu.audit import runner as audit_runner
-from heiretsu.offgpu.emulator import installed
+from heiretsu.offgpu.audit.calls import configurations
 from heiretsu.offgpu.machines import MACHINES
 from tests.kernels.cases import all_cases
 from tests.kernels.forms import INTERPRETED
@@ -229,20 +226,16 @@ def test_a_large_weight_that_is_read_at_the_wrong_place_is_seen(kit, monkeypatch
 
 @compiles
 @pytest.mark.parametrize("arch", MACHINES)
-def test_the_cases_launch_every_configuration_that_ships_and_only_kernels_that_are_audited(arch, monkeypatch):
+def test_the_cases_launch_every_configuration_that_ships_and_only_kernels_that_are_audited(arch):
     """Host code alone: what would be launched is noted, and nothing is compiled."""
-    launched = set()
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda self, *args, **kwargs: launched.add(self))
     table = MACHINES[arch].kernel_class
-    monkeypatch.setattr(launch, "architecture", lambda device: table)
-    with installed(), recording() as record:
+    with recording(arch=table) as record:
         for case in shipped.cases(table):
             for dtype in case.dtypes:
                 run(case, dtype, proof.forms.triton_form(case.op))
     assert {shipped.title(entry) for entry in record.entries} == set(shipped.every_title(table))
-    audited = {
-        case.fn for source in audit_runner.kernel_modules() for case in audit_runner.cases(source, arch).values()
-    }
+    launched = {launch.kernel for launch in record.launches}
+    audited = {case.fn for case in configurations(MACHINES[arch])}
     assert launched and launched <= audited, f"not audited: {[fn.__name__ for fn in launched - audited]}"
 
 
@@ -250,8 +243,7 @@ def test_the_cases_launch_every_configuration_that_ships_and_only_kernels_that_a
 @pytest.mark.parametrize("arch", MACHINES)
 def test_the_published_audit_is_read_whole(arch):
     claims = published.claims(arch)
-    names = {name for source in audit_runner.kernel_modules() for name in audit_runner.cases(source, arch)}
-    assert claims.keys() == names
+    assert claims.keys() == {case.name for case in configurations(MACHINES[arch])}
     assert claims["bias_gelu_forward"].warps == 4 and claims["bias_gelu_forward"].bound > 1
 
 
@@ -281,7 +273,7 @@ def test_differences_of_bits_are_counted_and_sized():
 
 @compiles
 def test_resources_are_those_of_the_machine_code_and_a_difference_is_a_finding(kit, monkeypatch):
-    (case,) = [case for case in proof.audited("sm_90") if case.name == "bias_gelu_forward"]
+    (case,) = [case for case in configurations(MACHINES["sm_90"]) if case.name == "bias_gelu_forward"]
     work(kit, compiled=lambda: proof.compare_resources(kit, case))
     (figure,) = lines.of(read(kit.out), "figure")
     assert [figure["value"], figure["spill_bytes"], figure["shared_bytes"]] == figure["read"] and figure["value"] > 16

@@ -1,18 +1,29 @@
-"""The parts of the audit that need no compiler: control flow, pipe costs, occupancy, which bars hold."""
+"""The parts of the audit that compile nothing: control flow, pipe costs, occupancy, bars, what is recorded."""
 
+import pickle
+import re
 from collections import Counter
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from types import SimpleNamespace
 
 import pytest
+from triton.runtime.jit import JITFunction
 
-from heiretsu.kernels.gpu.launch import AuditCase
+import heiretsu.kernels.gpu as gpu
 from heiretsu.offgpu.audit import bars, model, report
+from heiretsu.offgpu.audit.calls import Call, Configuration, configurations
 from heiretsu.offgpu.audit.disassembly import Instruction, decode_tcgen05_shape, parse_amd
 from heiretsu.offgpu.audit.loops import natural_loops
 from heiretsu.offgpu.audit.pipes import access_bits, charge, mma_shape
-from heiretsu.offgpu.machines import KIB, machine
+from heiretsu.offgpu.audit.runner import Subject, subject_of
+from heiretsu.offgpu.machines import KIB, MACHINES, machine
+from tests.kernels import forms
+from tests.offgpu.audit.audit_kernels import CALLS, double, gemm
 
+compiles = pytest.mark.skipif(forms.INTERPRETED, reason="Triton interprets in this process")
 H100, A100 = machine("sm_90"), machine("sm_80")
 
 
@@ -108,59 +119,122 @@ def figures(**changes):
     return SimpleNamespace(**values | dict(wide_loads=1.0, wide_stores=1.0) | changes)
 
 
-def case(**changes):
-    return AuditCase("gelu forward", None, {}, {}, num_warps=4, num_stages=1, **changes)
+CASE = Configuration("gelu forward", None, {}, {"BLOCK": 8}, num_warps=4, num_stages=1, quick=True)
+BAR = bars.Bar("gelu .*", ("sm_90",), min_bound=2.2, min_wide=0.9)
 
 
-BAR = bars.Bar("gelu .*", "sm_90", max_spill_bytes=0, min_bound=2.2, min_wide=0.9)
+def test_a_bar_holds_on_its_machines():
+    assert bars.failures(CASE, figures(), H100, ()) == []
+    assert bars.failures(CASE, figures(), H100, (BAR,)) == ["DRAM headroom 2.0, at least 2.2 wanted"]
+    assert bars.failures(CASE, figures(bound=2.2), H100, (BAR,)) == []
+    assert bars.failures(CASE, figures(), machine("sm_100"), (BAR,)) == []
 
 
-def test_library_bar_holds_beside_the_cases_own():
-    assert bars.failures(case(), figures(), H100, ()) == []
-    assert bars.failures(case(), figures(), H100, (BAR,)) == ["DRAM headroom 2.0, at least 2.2 wanted"]
-    assert bars.failures(case(), figures(bound=2.2), H100, (BAR,)) == []
-    assert bars.failures(case(), figures(), machine("sm_100"), (BAR,)) == []
+def test_nothing_may_spill_that_is_not_allowed_by_name_and_machine():
+    spilling = figures(spill_bytes=8)
+    allowed = {("sm_90", "gelu forward"): 8}
+    assert bars.failures(CASE, spilling, H100, (), {}) == ["spills 8 bytes a thread, 0 allowed"]
+    assert bars.failures(CASE, spilling, H100, (), allowed) == []
+    assert bars.failures(CASE, figures(spill_bytes=12), H100, (), allowed) == ["spills 12 bytes a thread, 8 allowed"]
+    assert bars.failures(CASE, spilling, A100, (), allowed) == ["spills 8 bytes a thread, 0 allowed"]
 
 
-def test_a_case_cannot_allow_itself_more_spill_than_the_library():
-    lax = case(max_spill_bytes=64)
-    assert bars.failures(lax, figures(spill_bytes=8), H100, ()) == []
-    assert bars.failures(lax, figures(spill_bytes=8, bound=3.0), H100, (BAR,)) == ["spills 8 bytes a thread, 0 allowed"]
+def test_the_closed_form_of_a_loop_is_taken_from_the_launch_s_constants():
+    expects = bars.Bar("gelu .*", loop_flops=lambda constants: 2 * constants["BLOCK"])
+    hot = SimpleNamespace(flops=12, mma=Counter(), memory_headroom=None, tensor_bound=1.0)
+    found = bars.failures(CASE, figures(hot=hot, mma={"HGMMA": 1}), H100, (expects,))
+    assert found == ["12 FLOP an iteration of the hot loop, closed form 16"]
+    hot.flops = 16
+    assert bars.failures(CASE, figures(hot=hot, mma={"HGMMA": 1}), H100, (expects,)) == []
+    assert bars.failures(CASE, figures(hot=hot), H100, (expects,)) == ["has a dot but no HGMMA instruction"]
 
 
 def test_narrow_accesses_fall_below_a_bar():
-    (text,) = bars.failures(case(), figures(bound=3.0, wide_stores=0.5), H100, (BAR,))
+    (text,) = bars.failures(CASE, figures(bound=3.0, wide_stores=0.5), H100, (BAR,))
     assert "50% of the stored bytes" in text
 
 
-def test_bar_without_a_case_is_reported():
-    assert bars.unused(["gelu forward"], "sm_90", (BAR,)) == []
-    assert len(bars.unused(["layer norm"], "sm_90", (BAR,))) == 1
-    assert bars.unused(["layer norm"], "sm_80", (BAR,)) == []
+def test_a_bar_or_an_allowance_without_a_configuration_is_reported():
+    assert bars.unused(["gelu forward"], "sm_90", (BAR,), {("sm_90", "gelu forward"): 8}) == []
+    assert len(bars.unused(["layer norm"], "sm_90", (BAR,), {})) == 1
+    assert bars.unused(["layer norm"], "sm_80", (BAR,), {("sm_90", "gelu forward"): 8}) == []
+    assert len(bars.unused(["layer norm"], "sm_90", (), {("sm_90", "gelu forward"): 8})) == 1
 
 
-def test_a_case_that_two_files_list_is_taken_once():
-    jobs = report.choose(["tests.offgpu.audit.audit_kernels"] * 2, ["sm_90"], quick=False)
-    names = [job.case_name for job in jobs]
-    assert len(names) == len(set(names)) == 10
+# ---- what is compiled
 
 
-def test_one_name_for_two_cases_is_refused():
-    path = str(Path(__file__).with_name("audit_kernels.py"))
-    with pytest.raises(ValueError, match="other cases have the same names on sm_90: sound"):
-        report.choose(["tests.offgpu.audit.audit_kernels", path], ["sm_90"], quick=False)
+@compiles
+@pytest.mark.parametrize("arch", MACHINES)
+def test_every_bar_and_every_allowance_has_a_configuration(arch):
+    names = [case.name for case in configurations(machine(arch))]
+    assert len(names) == len(set(names)) > 100
+    assert bars.unused(names, arch) == []
 
 
-def test_quick_takes_every_case_on_one_machine_and_the_first_elsewhere():
-    jobs = report.choose(["tests.offgpu.audit.audit_kernels"], ["sm_80", "sm_90"], quick=True)
-    assert [job.arch for job in jobs].count("sm_90") == 10
-    assert [job.case_name for job in jobs if job.arch == "sm_80"] == ["sound"]
+@compiles
+def test_every_kernel_of_the_library_is_audited():
+    """Those that a host launches: the ones whose launches take an entry of some tiles."""
+    audited = {case.fn for case in configurations(H100)}
+    modules = [import_module(f"{gpu.__name__}.{found.name}") for found in iter_modules(gpu.__path__)
+               if not found.name.startswith("interpreter_")]  # fmt: skip
+    functions = {value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)}
+    assert {function for function in functions if function.__name__.endswith("_kernel")} == audited
 
 
-def test_quick_leaves_out_what_only_the_full_audit_takes(monkeypatch):
-    found = {"slow": case(quick=False), "first": case(), "second": case()}
-    monkeypatch.setattr(report.runner, "cases", lambda source, arch: found)
-    chosen = {quick: [(job.arch, job.case_name) for job in report.choose(["file"], ["sm_80", "sm_90"], quick)]
+@compiles
+def test_code_that_two_calls_launch_is_compiled_once_and_other_code_of_one_name_is_refused():
+    twice = [Call("a", double), Call("b", double)]
+    assert [case.name for case in configurations(H100, twice)] == ["audit_kernels_double a"]
+    with pytest.raises(ValueError, match="different code are called audit_kernels_double a"):
+        configurations(H100, [Call("a", double), Call("a", partial(double, 1))])
+    assert configurations(H100, [Call("a", double, only="another")]) == []
+
+
+@compiles
+def test_a_configuration_travels_to_another_process():
+    for case in configurations(H100, CALLS):
+        assert pickle.loads(pickle.dumps(case)) == case
+
+
+@compiles
+def test_quick_takes_every_quick_call_on_one_machine_and_the_first_of_each_file_elsewhere():
+    subject = Subject([Call("slow", partial(double, 1), quick=False), Call("first", double), Call("second", gemm)])
+    chosen = {quick: [(job.arch, job.name.split()[-1]) for job in report.choose(subject, ["sm_80", "sm_90"], quick)]
               for quick in (False, True)}  # fmt: skip
     assert len(chosen[False]) == 6
     assert chosen[True] == [("sm_80", "first"), ("sm_90", "first"), ("sm_90", "second")]
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("x = 1", "must have CALLS, a list of heiretsu.offgpu.audit.calls.Call"),
+        ("CALLS = [print]", "must have CALLS, a list of heiretsu.offgpu.audit.calls.Call"),
+        (None, "there is no such file"),
+    ],
+)
+def test_a_file_that_defines_no_calls_is_refused_in_a_line(tmp_path, text, reason):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        subject_of(str(path))
+
+
+@compiles
+def test_the_file_in_the_page_is_audited_under_the_names_that_it_states_bars_for(tmp_path):
+    page = Path(__file__).parents[3] / "offgpu" / "README.md"
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S) if "CALLS" in block]
+    (tmp_path / "mine.py").write_text(code)
+    subject = subject_of(str(tmp_path / "mine.py"))
+    names = [case.name for case in configurations(H100, subject.calls)]
+    assert names == ["mine_scale a million"]
+    assert subject.bars and bars.unused(names, "sm_90", subject.bars, subject.spills) == []
+
+
+@compiles
+def test_calls_that_launch_nothing_are_refused():
+    with pytest.raises(ValueError, match="launch no kernel"):
+        report.choose(Subject([Call("idle", lambda: None)]), ["sm_90"], quick=False)
