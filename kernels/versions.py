@@ -36,3 +36,12 @@ def give_interpreter_bfloat16_constants(constant) -> None:
 
     if not hasattr(InterpreterBuilder, "get_bf16"):
         InterpreterBuilder.get_bf16 = lambda self, value: constant(value)
+
+
+def let_interpreter_count(scope) -> None:
+    """Triton 3.6's interpreter takes int() of an array of one element for a loop's bound, which NumPy refuses from 2.4
+    on. scope: what a launch has redirected, and sets back.
+    """
+    import triton.language as tl
+
+    scope.set_attr(tl.core.tensor, "__index__", lambda tensor: int(tensor.handle.data.item()))

@@ -11,6 +11,8 @@ import functools
 import numpy as np
 from triton.runtime import interpreter
 
+from heiretsu.kernels import versions
+
 
 def install() -> None:
     """Patch the interpreter's launches; a second call does nothing."""
@@ -23,6 +25,7 @@ def install() -> None:
     def redirect_once(function):
         if function not in scopes:
             scopes[function] = scope = redirect(function)
+            versions.let_interpreter_count(scope)
             first = next(iter(scopes.values()))
             if scope is not first:
                 first._changes += scope._changes  # the launch sets back the first one's, latest change first
