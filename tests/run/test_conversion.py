@@ -198,6 +198,13 @@ def test_nothing_is_written_over(imported, published, tmp_path):
         export_model(imported, published[0])
 
 
+def test_sizes_are_taken_up_to_131072_and_no_further():
+    assert hf.read_sizes({"n": 2**17}, {"n_layer": "n"}).n_layer == 2**17
+    for size in (0, 2**17 + 1, 4.0, True, None):
+        with pytest.raises(ValueError, match="config.json has no n, or one that is no size"):
+            hf.read_sizes({"n": size}, {"n_layer": "n"})
+
+
 def test_a_mixture_is_not_exported(tmp_path):
     config = parse_args([*FLAGS.split(), "--num_experts", "2"], world_size=1)
     engine = build_engine(config, abstract_mesh(), plain)
