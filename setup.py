@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 FOLDERS = ("kernels", "parallel", "model", "data", "run", "offgpu", "bench")
 
-# A folder and the packages inside it: bench, bench.audit, ...
+# A folder and the packages inside it: offgpu, offgpu.audit, ...
 packages = [name for folder in FOLDERS for name in (folder, *(f"{folder}.{inner}" for inner in find_packages(folder)))]
 
 setup(

@@ -19,14 +19,6 @@ def peak_resident_over(function: Callable) -> int | None:
     return max(0, _field("VmHWM") - before)
 
 
-def peak_resident() -> int | None:
-    """High-water mark of this process's resident set, bytes."""
-    try:
-        return _field("VmHWM")
-    except OSError:
-        return None
-
-
 def _return_free_memory() -> None:
     """What malloc keeps for later would hide the next allocation."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -142,10 +142,6 @@ class Host:
         assert status == 0, f"{command} ended with {status}:\n{process.text()}"
         return process.text()
 
-    def wire_bytes(self, direction: str) -> int:
-        """What its interface has sent (tx) or received (rx) so far, headers of Ethernet, IP and TCP included."""
-        return interface_bytes(Path(f"/proc/{self.pid}/net/dev").read_text(), direction)
-
     def stop_processes(self) -> None:
         """End what was started here and still runs."""
         for process in self.started:

@@ -89,7 +89,9 @@ class RunConfig:
         "order of work in the pipeline",
         choices=[name for name, schedule in SCHEDULES.items() if not schedule.splits_backward],
     )
-    virtual_stages: int = flag(2, PARALLELISM, "stages that a rank runs with --schedule interleaved", _COUNT)
+    virtual_stages: int = flag(
+        2, PARALLELISM, "stages that a rank runs, with a schedule of several (interleaved)", _COUNT
+    )
     dist_backend: Literal["nccl", "gloo"] | None = flag(None, PARALLELISM, "default: nccl on CUDA, gloo elsewhere")
     timeout: float = flag(
         600.0,

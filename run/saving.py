@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.engine import Engine, StepReport
-from heiretsu.run.options import RunConfig
+from heiretsu.run.options import RunConfig, refuse
 from heiretsu.run.state import facts_of
 
 LONGEST_SAVE = timedelta(hours=2)
@@ -39,6 +39,7 @@ class Saver:
             self.group = dist.new_group(backend="gloo", timeout=LONGEST_SAVE)
         self.saving: checkpoint.Saving | None = None
         self.failed = False  # the last save did
+        self.checked = self.directory is None  # whether the optimizer's state can be saved
 
     def begin(self, step: int) -> None:
         """Save the state after `step` steps, once the save before, if it is still being written, has ended."""
@@ -54,7 +55,14 @@ class Saver:
         return STILL_WRITING if self.saving is not None and not self.saving.done() else 0
 
     def after(self, report: StepReport) -> None:
-        """Tell of a save that has ended, in the step in which it has on every rank."""
+        """Tell of a save that has ended, in the step in which it has on every rank. After the first update, refuse an
+        optimizer whose state cannot be saved, and not when hours of it are to be."""
+        if not self.checked and not report.skipped:
+            try:
+                self.engine.updater.pieces()
+            except ValueError as error:
+                refuse(error)
+            self.checked = True
         if self.saving is not None and not any(note & STILL_WRITING for note in report.notes):
             self.finish()
 
