@@ -25,7 +25,6 @@ from heiretsu.parallel.mesh import make_mesh
 from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from heiretsu.run.folders import held_folder
-from heiretsu.run.header import describe
 from heiretsu.run.hosts import gather_hosts
 from heiretsu.run.prepare import Prepared, prepare
 from heiretsu.run.resume import check_changes, find_origin, restore
@@ -44,7 +43,7 @@ def main(config: RunConfig) -> None:
 
 def run(mine: Prepared) -> None:
     """Take the run's folders, build the engine on this rank's mesh, restore it, and train."""
-    config, mesh = mine.config, make_mesh(mine.config.dp, mine.config.ep, mine.config.pp, mine.config.tp, mine.device)
+    config, mesh = mine.config, make_mesh(*mine.config.mesh, mine.device)
 
     def say(line: str) -> None:
         if mesh.rank == 0:
@@ -64,7 +63,7 @@ def run(mine: Prepared) -> None:
         hosts = gather_hosts(mesh)
         if config.local_checkpoints and not hosts.only_dp_crosses():
             refuse(f"--local_checkpoints: only dp may run between hosts, and here {', '.join(hosts.crossing())} does")
-        say("\n".join([describe(config, mesh, mine.train_data, mine.kernels), *hosts.describe()]))
+        say("\n".join([mine.describe(), *hosts.describe()]))
         try:
             first_step = restore(config, engine, origin, say)
         except ValueError as error:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
+from heiretsu.parallel.collectives import gather_objects
 from heiretsu.parallel.mesh import AXIS_NAMES, Mesh, abstract_mesh
 
 
@@ -80,14 +80,9 @@ class Hosts:
 def gather_hosts(mesh: Mesh) -> Hosts:
     """Every rank's host. A collective of the whole world. Two machines that call themselves alike, as containers may,
     are told apart by the launcher's number of the node."""
-    mine = (socket.gethostname(), os.environ.get("GROUP_RANK", "0"))
-    found = [mine] * mesh.world.size
-    if mesh.world.size > 1:
-        dist.all_gather_object(found, mine)
-    nodes: dict[str, set[str]] = {}
-    for name, node in found:
-        nodes.setdefault(name, set()).add(node)
-    names = tuple(name if len(nodes[name]) == 1 else f"{name} (node {node})" for name, node in found)
+    found = gather_objects((socket.gethostname(), os.environ.get("GROUP_RANK", "0")), mesh.world)
+    alike = Counter(name for name, _ in set(found))
+    names = tuple(name if alike[name] == 1 else f"{name} (node {node})" for name, node in found)
     return Hosts(names, {name: getattr(mesh, name).size for name in AXIS_NAMES})
 
 

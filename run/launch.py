@@ -12,17 +12,16 @@ finds the interface for GLOO_SOCKET_IFNAME, where the name of a host does not sa
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
-import json
 import os
 import signal
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from heiretsu.run.interfaces import addresses_of, find_interface, interfaces, is_loopback
+from heiretsu.run.lines import Line, arrivals, listen
 
 PROGRAM = "heiretsu.run.launch"
 WAIT_S = 300.0  # a container's image may have to be fetched on one node
@@ -39,69 +38,54 @@ class Node:
     problem: str | None = None
 
 
-@dataclass
-class Meeting:
-    """What all nodes know after it: in one line what went wrong, and which nodes did not come."""
-
-    problem: str | None = None
-    missing: list[int] = field(default_factory=list)
-
-
-def meet(nnodes: int, rank: int, address: str, port: int, wait_s: float = WAIT_S) -> Meeting:
+def meet(nnodes: int, rank: int, address: str, port: int, wait_s: float = WAIT_S) -> str | None:
     """Node `rank` meets the others at node 0, which is at address:port. All nodes call it.
 
-    Sets GLOO_SOCKET_IFNAME for this process and its children if gloo must be told. ValueError, in one line, where this
-    node finds none of the others; they then miss it after wait_s.
+    Returns in one line what went wrong, on all nodes that came; None if nothing did. Sets GLOO_SOCKET_IFNAME for this
+    process and its children if gloo must be told. ValueError, in one line, where this node finds none of the others;
+    they then miss it after wait_s.
     """
     deadline = time.monotonic() + wait_s
     if rank:
         return _call(rank, address, port, deadline)
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_listen(address, port))
-        connections: list[socket.socket] = []
-        meeting = _gather(listener, nnodes, deadline, connections, stack)
-        if meeting.problem is None:
-            try:
-                _tell_gloo(connections[0].getpeername()[0].removeprefix("::ffff:"))
-            except ValueError as error:
-                meeting.problem = str(error)
-        elif meeting.missing:
-            meeting.problem += f" at {address}:{port} in {wait_s:g} s"
-        listener.close()  # before the others hear: their torchrun comes to this very port
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.sendall(json.dumps(asdict(meeting)).encode() + b"\n")
-    return meeting
-
-
-def _gather(
-    listener: socket.socket, nnodes: int, deadline: float, connections: list[socket.socket], stack: contextlib.ExitStack
-) -> Meeting:
-    """Wait until every node has called in, the first has a problem, or time is up. Fills connections."""
-    names = {0: socket.gethostname()}
-    while len(names) < nnodes:
+    with _listen(address, port) as door:
+        lines, names, problem = _gather(door, nnodes, deadline)
+    # The door is closed before the others hear: their torchrun comes to this very port.
+    if problem is None and len(names) < nnodes:
+        there = ", ".join(f"node {rank} is {name}" for rank, name in sorted(names.items()))
+        missing = [str(rank) for rank in range(nnodes) if rank not in names]
+        whose = f"node{'s' * (len(missing) > 1)} {', '.join(missing)} of {nnodes} ({there})"
+        problem = f"{whose} did not call in at {address}:{port} in {wait_s:g} s"
+    if problem is None:
         try:
-            listener.settimeout(max(0.01, deadline - time.monotonic()))
-            connection = stack.enter_context(listener.accept()[0])
-            connection.settimeout(max(0.01, deadline - time.monotonic()))
-            node = Node(**json.loads(connection.makefile().readline()))
-        except TimeoutError:
-            there = ", ".join(f"node {rank} is {name}" for rank, name in sorted(names.items()))
-            missing = [rank for rank in range(nnodes) if rank not in names]
-            listed = ", ".join(map(str, missing))
-            problem = f"node{'s' * (len(missing) > 1)} {listed} of {nnodes} ({there}) did not call in"
-            return Meeting(missing=missing, problem=problem)
-        except (ValueError, TypeError, OSError):
-            continue  # not one of ours: a port is open to all
-        connections.append(connection)
+            _tell_gloo(lines[0].sock.getpeername()[0].removeprefix("::ffff:"))
+        except ValueError as error:
+            problem = str(error)
+    for line in lines:
+        line.send({"problem": problem})
+        line.close()
+    return problem
+
+
+def _gather(door: socket.socket, nnodes: int, deadline: float) -> tuple[list[Line], dict[int, str], str | None]:
+    """Lines to the nodes that called in, all nodes' names by rank, and the first problem of one, which ends it; until
+    all are there, or time is up."""
+    lines, names = [], {0: socket.gethostname()}
+    for line, message in arrivals(door, deadline):
+        try:
+            node = Node(**(message or {}))
+        except TypeError:
+            continue  # not one of ours
+        lines.append(line)
+        problem = node.problem
         if not 0 <= node.rank < nnodes:
-            return Meeting(problem=f"host {node.name} has --node_rank {node.rank}: of {nnodes} it is 0 to {nnodes - 1}")
-        if node.rank in names:
-            return Meeting(problem=f"hosts {names[node.rank]} and {node.name} both have --node_rank {node.rank}")
-        if node.problem is not None:
-            return Meeting(problem=node.problem)
-        names[node.rank] = node.name
-    return Meeting()
+            problem = f"host {node.name} has --node_rank {node.rank}: of {nnodes} it is 0 to {nnodes - 1}"
+        elif node.rank in names:
+            problem = f"hosts {names[node.rank]} and {node.name} both have --node_rank {node.rank}"
+        names.setdefault(node.rank, node.name)
+        if problem is not None or len(names) == nnodes:
+            return lines, names, problem
+    return lines, names, None
 
 
 def _listen(address: str, port: int) -> socket.socket:
@@ -114,21 +98,15 @@ def _listen(address: str, port: int) -> socket.socket:
         raise ValueError(
             f"host {here} has --node_rank 0, but --master_addr {address} ({known[0]}) is not it: node 0 must run there"
         )
-    family = socket.AF_INET6 if socket.has_ipv6 and ":" in known[0] else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(("", port))
-        listener.listen(1024)
+        return listen(port)
     except OSError as error:
-        listener.close()
         if error.errno != errno.EADDRINUSE:
             raise
         raise ValueError(f"host {here}: port {port} is taken: choose another with --master_port") from None
-    return listener
 
 
-def _call(rank: int, address: str, port: int, deadline: float) -> Meeting:
+def _call(rank: int, address: str, port: int, deadline: float) -> str | None:
     here = socket.gethostname()
     known = addresses_of(address)
     if known and is_loopback(known[0]):
@@ -145,10 +123,12 @@ def _call(rank: int, address: str, port: int, deadline: float) -> Meeting:
     began = time.monotonic()
     while (left := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection((address, port), timeout=left) as connection:
-                # Node 0 waits as long as we do, and may have begun as much later.
-                if (meeting := _report(connection, Node(rank, here, problem), 2 * left)) is not None:
-                    return meeting
+            line = Line(socket.create_connection((address, port), timeout=left))
+            line.send(asdict(Node(rank, here, problem)))
+            answer = line.wait(time.monotonic() + 2 * left)  # node 0 waits as long, and may have begun as much later
+            line.close()
+            if answer is not None and "problem" in answer:
+                return answer["problem"]
             why = "what listens there does not answer as node 0 does"
         except TimeoutError:
             why = "no answer: is it down, or the cable, or a firewall between?"
@@ -157,16 +137,6 @@ def _call(rank: int, address: str, port: int, deadline: float) -> Meeting:
         time.sleep(min(RETRY_S, max(0.0, left)))
     waited = time.monotonic() - began
     raise ValueError(f"host {here}: node 0 not reached at {address}:{port} in {waited:.0f} s ({why})")
-
-
-def _report(connection: socket.socket, node: Node, patience_s: float) -> Meeting | None:
-    """What node 0 answers; None if it is not node 0, or ends before."""
-    try:
-        connection.sendall(json.dumps(asdict(node)).encode() + b"\n")
-        connection.settimeout(patience_s)
-        return Meeting(**json.loads(connection.makefile().readline()))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _tell_gloo(route_to: str | None) -> None:
@@ -190,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     if nnodes > 1:
         try:
             address, port = args.master_addr.strip("[]"), args.master_port or TORCHRUNS_PORT
-            problem = meet(nnodes, args.node_rank, address, port, given.wait_s).problem
+            problem = meet(nnodes, args.node_rank, address, port, given.wait_s)
         except ValueError as error:
             problem = str(error)
         if problem is not None:

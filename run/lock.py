@@ -9,17 +9,13 @@ of the refusal; nothing is decided by that.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import socket
 import time
 from pathlib import Path
 from typing import IO
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None
 
 NAME = ".lock"
 GRACE_S, SAME_JOB_GRACE_S = 3.0, 120.0  # the latter above the 90 s of an NFS 4 lease
@@ -38,8 +34,6 @@ class FolderLock:
 
         Returns a warning where the file system cannot lock, or None.
         """
-        if fcntl is None:
-            return f"{self.path.parent}: this system has no flock; nothing keeps another run out of the folder"
         self.file = open(self.path, "a+", encoding="utf-8")
         began = time.monotonic()
         while True:
@@ -49,9 +43,8 @@ class FolderLock:
             except OSError as error:
                 if error.errno in _CANNOT_LOCK:
                     self.release()
-                    return (
-                        f"{self.path.parent}: its file system has no locks; nothing keeps another run out of the folder"
-                    )
+                    where = f"{self.path.parent}: its file system has no locks"
+                    return f"{where}; nothing keeps another run out of the folder"
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise
             holder = self._holder()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -152,6 +153,11 @@ class RunConfig:
     run_name: str | None = flag(None, RESULTS)
 
     @property
+    def mesh(self) -> tuple[int, int, int, int]:
+        """Ranks on each axis, as `make_mesh` takes them."""
+        return self.dp, self.ep, self.pp, self.tp
+
+    @property
     def replicas(self) -> int:
         return self.dp * self.ep
 
@@ -171,7 +177,7 @@ class RunConfig:
 
     @property
     def num_ranks(self) -> int:
-        return self.replicas * self.pp * self.tp
+        return math.prod(self.mesh)
 
     def backend_on(self, device_type: str) -> str:
         """What carries the messages of this run. ValueError if it cannot carry those of the schedule."""
@@ -286,6 +292,8 @@ def check(config: RunConfig, world_size: int) -> None:
         raise ValueError("--resume auto looks in --checkpoint_dir, which is not given")
     if config.init_from and config.resume not in ("none", "auto"):
         raise ValueError("--init_from starts a new run and --resume goes on with one: choose one of them")
+    if config.resume not in ("none", "auto") and not os.path.isdir(config.resume):
+        raise ValueError(f"{config.resume}: there is no such folder")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs wandb, which is not installed: pip install 'heiretsu[wandb]', or leave it out")
     if config.memory_snapshot and not config.profile:

@@ -20,6 +20,8 @@ from heiretsu.run.state import MAY_CHANGE, load, load_parameters
 
 # What decides the numbers of a run, besides the model and the data. Topology, schedule and kernels do not.
 _DECIDE = "seed tokenizer learning_rate warmup_iters min_lr weight_decay betas grad_clip amp".split()
+_NAMES = {key: f"--{key}" for key in (*_DECIDE, *MAY_CHANGE)}
+_NAMES |= {"batch": "sequences of a step", "decay": "--max_iters with --min_lr"}
 
 
 @dataclass(frozen=True)
@@ -82,21 +84,12 @@ def changes(theirs: dict[str, Any], ours: dict[str, Any], data: str) -> list[str
     old, new = {**before, **_derived(before)}, {**ours, **_derived(ours)}
     found = [
         f"{name} {_show(new[key])} (the checkpoint: {_show(old[key])})"
-        for key, name in _names().items()
+        for key, name in _NAMES.items()
         if key in old and key in new and old[key] != new[key]
     ]
     if theirs.get("data") not in (None, data):
         found.append("the training data has other tokens")
     return found
-
-
-def _names() -> dict[str, str]:
-    """How each thing that is compared is called."""
-    return {
-        **{key: f"--{key}" for key in (*_DECIDE, *MAY_CHANGE)},
-        "batch": "sequences of a step",
-        "decay": "--max_iters with --min_lr",
-    }
 
 
 def _derived(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,9 @@ import contextlib
 import json
 import os
 import secrets
-import selectors
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +23,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from heiretsu.run.lines import Line, connect, listen, own_address
+from heiretsu.run.interfaces import source_address
+from heiretsu.run.lines import Line, arrivals, connect, listen
 
 _KEY = "heiretsu/roll call"
 _CONNECT_S = 5.0
@@ -53,13 +53,10 @@ class Assembly:
     refused: str
 
 
-def assemble(
-    rank: int, world_size: int, timeout: float, mine: Report, disagreement: Callable[[Sequence[dict]], str]
-) -> tuple[Assembly, dist.Store]:
+def assemble(rank: int, world_size: int, timeout: float, mine: Report) -> tuple[Assembly, dist.Store]:
     """This rank's part in the roll call, and the store for the process group, with this generation's prefix.
 
-    disagreement: says of all ranks' facts, by rank, how they differ; "" if they do not. Raises ValueError if rank 0 or
-    the store does not answer within timeout seconds.
+    Raises ValueError if rank 0 or the store does not answer within timeout seconds.
     """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not address or not port:
@@ -74,22 +71,15 @@ def assemble(
             f"rank {rank} on {socket.gethostname()} did not find the store at {address}:{port} within {timeout:.0f} s "
             f"(--timeout): {str(error).splitlines()[0]}"
         ) from error
-    assembly = roll_call_over(store, rank, world_size, timeout, mine, disagreement)
+    assembly = roll_call_over(store, rank, world_size, timeout, mine)
     return assembly, dist.PrefixStore(assembly.token, store)
 
 
-def roll_call_over(
-    store: dist.Store,
-    rank: int,
-    world_size: int,
-    timeout: float,
-    mine: Report,
-    disagreement: Callable[[Sequence[dict]], str],
-) -> Assembly:
+def roll_call_over(store: dist.Store, rank: int, world_size: int, timeout: float, mine: Report) -> Assembly:
     """The roll call of ranks that share this store."""
     deadline = time.monotonic() + timeout
     if rank == 0:
-        return _call(store, world_size, deadline, timeout, mine, disagreement)
+        return _call(store, world_size, deadline, timeout, mine)
     try:
         return _answer(store, rank, deadline, timeout, mine)
     except (dist.DistError, RuntimeError) as error:  # HashStore and FileStore raise the latter for a time-out
@@ -98,37 +88,39 @@ def roll_call_over(
         ) from error
 
 
-def _call(store, world_size, deadline, timeout, mine, disagreement) -> Assembly:
+def _call(store: dist.Store, world_size: int, deadline: float, timeout: float, mine: Report) -> Assembly:
     """Rank 0: wait for all, compare, answer."""
     token, host = secrets.token_hex(8), socket.gethostname()
-    present: dict[int, tuple[Line, dict]] = {}
+    lines: dict[int, Line] = {}
+    said: dict[int, dict[str, Any]] = {}
     left: list[int] = []  # ranks that were here and are not any more
-    with listen() as door, _mark(mine.folder, token) as refused, selectors.DefaultSelector() as selector:
-        selector.register(door, selectors.EVENT_READ)
-        addresses = [own_address(os.environ.get("MASTER_ADDR", host)), os.environ.get("MASTER_ADDR", host), host]
+    with listen() as door, _mark(mine.folder, token) as refused:
+        master = os.environ.get("MASTER_ADDR", host)
+        addresses = [source_address(master) or host, master, host]
         store.set(_KEY, json.dumps({"token": token, "addresses": addresses, "port": door.getsockname()[1]}))
-        while len(present) < world_size - 1 and not left and (seconds := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(timeout=seconds):
-                if key.fileobj is door:
-                    line = Line(door.accept()[0])
-                    selector.register(line.sock, selectors.EVENT_READ, line)
-                    continue
-                messages, stands = key.data.receive()
-                for hello in messages:
-                    if hello.get("token") == token:
-                        present[hello["rank"]] = key.data, hello
-                if not stands:
-                    selector.unregister(key.fileobj)
-                    left += [rank for rank, (line, _) in present.items() if line is key.data]
-    hosts = [host] + [present[rank][1]["host"] if rank in present else "?" for rank in range(1, world_size)]
-    refused = refused or mine.refused or _first_refusal(present, hosts)
+        for line, hello in arrivals(door, deadline):
+            if hello is None:
+                left = [rank for rank in lines if lines[rank] is line]
+            elif hello.get("token") == token:
+                lines[hello["rank"]], said[hello["rank"]] = line, hello
+            if left or len(lines) == world_size - 1:
+                break
+    hosts = [host] + [said[rank]["host"] if rank in said else "?" for rank in range(1, world_size)]
+    refused = refused or mine.refused
+    for rank, hello in sorted(said.items()):
+        if hello["refused"]:
+            refused = refused or f"rank {rank} on {hosts[rank]}: {hello['refused']}"
     if left:
         refused = refused or f"rank {left[0]} on {hosts[left[0]]} was lost while the others were waited for"
-    if absent := [rank for rank in range(1, world_size) if rank not in present]:
+    if absent := [rank for rank in range(1, world_size) if rank not in said]:
         refused = refused or f"rank {', '.join(map(str, absent))} did not come within {timeout:.0f} s (--timeout)"
-    refused = refused or disagreement([mine.facts] + [present[rank][1]["facts"] for rank in sorted(present)])
-    refused = refused or _first_blind(present, hosts)
-    lines = {rank: line for rank, (line, _) in present.items()}
+    refused = refused or disagreement([mine.facts] + [said[rank]["facts"] for rank in sorted(said)])
+    for rank, hello in sorted(said.items()):
+        if not hello["sees"]:
+            refused = refused or (
+                f"rank {rank} on {hosts[rank]} does not see what rank 0 on {host} wrote into --checkpoint_dir "
+                f"{hello['folder']}: all ranks need one folder on a file system that they share"
+            )
     for line in lines.values():
         line.send({"token": token, "hosts": hosts, "refused": refused})
     for line in lines.values():
@@ -136,24 +128,18 @@ def _call(store, world_size, deadline, timeout, mine, disagreement) -> Assembly:
     return Assembly(0, hosts, lines, token, refused)
 
 
-def _first_refusal(present: dict[int, tuple[Line, dict]], hosts: list[str]) -> str:
-    for rank, (_, hello) in sorted(present.items()):
-        if hello["refused"]:
-            return f"rank {rank} on {hosts[rank]}: {hello['refused']}"
+def disagreement(by_rank: Sequence[dict[str, Any]]) -> str:
+    """How the facts of the first rank that differs from rank 0 differ; "" if none do."""
+    for rank, theirs in enumerate(by_rank):
+        names = [name for name in by_rank[0] | theirs if theirs.get(name) != by_rank[0].get(name)]
+        if names:
+            said = ", ".join(f"{name} {theirs.get(name)} (rank 0: {by_rank[0].get(name)})" for name in names[:3])
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            return f"rank {rank} has {said}{more}: all ranks of a run must be started alike"
     return ""
 
 
-def _first_blind(present: dict[int, tuple[Line, dict]], hosts: list[str]) -> str:
-    for rank, (_, hello) in sorted(present.items()):
-        if not hello["sees"]:
-            return (
-                f"rank {rank} on {hosts[rank]} does not see what rank 0 on {hosts[0]} wrote into --checkpoint_dir "
-                f"{hello['folder']}: all ranks need one folder on a file system that they share"
-            )
-    return ""
-
-
-def _answer(store, rank, deadline, timeout, mine) -> Assembly:
+def _answer(store: dist.Store, rank: int, deadline: float, timeout: float, mine: Report) -> Assembly:
     """The other ranks: find rank 0, report, hear."""
     while time.monotonic() < deadline:
         place = json.loads(store.get(_KEY))  # perhaps the last generation's, whose rank 0 does not answer any more
@@ -162,27 +148,12 @@ def _answer(store, rank, deadline, timeout, mine) -> Assembly:
             hello = {"token": place["token"], "rank": rank, "host": socket.gethostname(), "facts": mine.facts}
             sees = _sees(mine.folder, place["token"])
             line.send({**hello, "refused": mine.refused, "sees": sees, "folder": mine.folder})
-            heard = _wait_for(line, deadline)
+            heard = line.wait(deadline + _CONNECT_S)
             if heard is not None and heard.get("token") == place["token"]:
                 return Assembly(rank, heard["hosts"], {0: line}, place["token"], heard["refused"])
             line.close()
         time.sleep(0.1)
     raise ValueError(f"rank {rank} on {socket.gethostname()}: rank 0 did not answer within {timeout:.0f} s (--timeout)")
-
-
-def _wait_for(line: Line, deadline: float) -> dict | None:
-    """The first message; None if the connection ends before, or time does."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(line.sock, selectors.EVENT_READ)
-        while (left := deadline + _CONNECT_S - time.monotonic()) > 0:
-            line.flush(0.1)
-            selector.select(timeout=min(left, 1.0))
-            messages, stands = line.receive()
-            if messages:
-                return messages[0]
-            if not stands:
-                return None
-    return None
 
 
 @contextlib.contextmanager

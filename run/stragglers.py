@@ -17,8 +17,7 @@ class Stragglers:
         dp, ep, pp, tp = (getattr(mesh, name).size for name in AXIS_NAMES)
         self.meshes = [abstract_mesh(dp, ep, pp, tp, rank) for rank in range(mesh.world.size)]
         stages = [[m.rank for m in self.meshes if m.pp.index == stage] for stage in range(mesh.pp.size)]
-        everyone = list(range(mesh.world.size))
-        self.peers = [stages[m.pp.index] if len(stages[m.pp.index]) > 1 else everyone for m in self.meshes]
+        self.peers = [stages[m.pp.index] if len(stages[0]) > 1 else list(mesh.world.ranks) for m in self.meshes]
         self.suspect, self.count, self.line = -1, 0, ""
 
     def update(self, compute_s: Sequence[float]) -> dict[str, float]:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from heiretsu.parallel.mesh import abstract_mesh, process_groups
-from heiretsu.run.agreement import disagreement
 from heiretsu.run.options import RunConfig, refuse
 from heiretsu.run.roll_call import Report, assemble
 from heiretsu.run.watch import GRACE_S, watched
@@ -26,14 +25,14 @@ def together(config: RunConfig, backend: str, rank: int, report: Report) -> Iter
         yield
         return
     try:
-        assembly, store = assemble(rank, config.num_ranks, config.timeout, report, disagreement)
+        assembly, store = assemble(rank, config.num_ranks, config.timeout, report)
     except ValueError as error:
         refuse(error)
     if assembly.refused:
         refuse(assembly.refused)
     # The collectives' own limit comes after the watch's, which can say whom they wait for.
     timeout = timedelta(seconds=config.timeout + 2 * GRACE_S)
-    name = abstract_mesh(config.dp, config.ep, config.pp, config.tp, rank).coordinates()
+    name = abstract_mesh(*config.mesh, rank).coordinates()
     with (
         process_groups(backend, config.num_ranks, store=store, rank=rank, timeout=timeout),
         watched(assembly, config.timeout, name),

@@ -35,7 +35,7 @@ SILENT_S = 5.0  # without a beat for so long, a rank does not run, or cannot be 
 GRACE_S = 5.0  # for a verdict of rank 0, or for the main thread to end by itself
 
 
-@dataclass
+@dataclass(eq=False)
 class Peer:
     """What this rank knows of another; those that it has no line to, it knows nothing of."""
 
@@ -47,7 +47,6 @@ class Peer:
     doing: str = "the start"
     waits: bool = False
     moves: int = -1
-    gone: bool = False
 
     def hear(self, beat: dict[str, Any]) -> None:
         self.heard = now = time.monotonic()
@@ -67,8 +66,7 @@ class Watch:
         self._selector = selectors.DefaultSelector()
         self._wake_out, self._wake_in = socket.socketpair()
         self._ending: dict[str, Any] | None = None
-        self._verdict_due = 0.0
-        self._asked = False
+        self._verdict_due: float | None = None  # once this rank has waited for too long
         self._once = threading.Lock()
         self._selector.register(self._wake_out, selectors.EVENT_READ)
         for peer in self.peers:
@@ -90,19 +88,15 @@ class Watch:
                 if key.fileobj is not self._wake_out:
                     self._hear(key.data)
         self._tell(self._ending)
-        for peer in self._connected():
+        for peer in self.peers:
             peer.line.close()
 
-    def _connected(self) -> list[Peer]:
-        return [peer for peer in self.peers if not peer.gone]
-
     def _tell(self, message: dict[str, Any]) -> None:
-        for peer in self._connected():
+        for peer in self.peers:
             peer.line.send(message)
 
     def _beat(self) -> None:
-        places = list(ACTIVITY.places)
-        waits = any(place.waits for place in places)
+        waits = any(place.waits for place in list(ACTIVITY.places))
         self._tell({"doing": ACTIVITY.last_place(), "waits": waits, "moves": ACTIVITY.moves})
 
     def _hear(self, peer: Peer) -> None:
@@ -119,12 +113,12 @@ class Watch:
                 self._over(self._who_is_stuck(), 0.0)
             elif "over" in message:
                 self._end(message["over"], message["grace"])
-        if not open_ and not peer.gone:
+        if not open_ and peer in self.peers:
             self._forget(peer)
             self._over(f"lost {_named(peer)}", 0.0)
 
     def _forget(self, peer: Peer) -> None:
-        peer.gone = True
+        self.peers.remove(peer)
         self._selector.unregister(peer.line.sock)
 
     def _over(self, why: str, grace: float) -> None:
@@ -153,11 +147,11 @@ class Watch:
 
     def _look_at_the_clock(self, now: float) -> None:
         """Has this rank waited for too long? Rank 0 judges; where it does not answer, that is the verdict."""
-        if self._asked:
-            if now > self._verdict_due or any(now - peer.heard > SILENT_S for peer in self._connected()):
+        if self._verdict_due is not None:
+            if now > self._verdict_due or any(now - peer.heard > SILENT_S for peer in self.peers):
                 self._end(self._who_is_stuck(), 0.0)
         elif ACTIVITY.waiting_s() >= self.timeout:
-            self._asked, self._verdict_due = True, now + GRACE_S
+            self._verdict_due = now + GRACE_S
             if self.rank == 0:
                 self._over(self._who_is_stuck(), 0.0)
             self._tell({"stuck": True})
@@ -166,14 +160,14 @@ class Watch:
         """By what was last heard: ranks that are silent, else those that wait for nobody, else all, each with what it
         waits in."""
         now = time.monotonic()
-        silent = [peer for peer in self._connected() if now - peer.heard > SILENT_S]
+        silent = [peer for peer in self.peers if now - peer.heard > SILENT_S]
         if silent:
             said = [
                 f"{_named(p)} has not been heard of for {now - p.heard:.0f} s, last heard in {p.doing}" for p in silent
             ]
             return "; ".join(said)
         me = Peer(self.rank, self.host, None, now, now, ACTIVITY.last_place(), ACTIVITY.waiting_s() > 0)
-        everyone = sorted([me, *self._connected()], key=lambda peer: peer.rank)
+        everyone = sorted([me, *self.peers], key=lambda peer: peer.rank)
         busy = [peer for peer in everyone if not peer.waits and now - peer.since > self.timeout / 2]
         if busy:
             return "; ".join(f"{_named(p)} has been in {p.doing} for {now - p.since:.0f} s" for p in busy)

@@ -16,8 +16,8 @@ from heiretsu.run import sampling
 from heiretsu.run.batches import evaluate, read_batches
 from heiretsu.run.building import build_engine
 from heiretsu.run.device import find_device
-from heiretsu.run.header import describe
 from heiretsu.run.options import parse_args
+from heiretsu.run.prepare import Prepared
 from heiretsu.run.sampling import find_tokenizer, sample
 from tests.training import MIXTURE, dataset, run_config
 
@@ -67,8 +67,9 @@ def test_what_a_device_cannot_do_is_refused(gpus, monkeypatch):
 
 def header(*flags, **mesh):
     config = parse_args(list(flags), world_size=math.prod(mesh.values()))
-    said = describe(config, abstract_mesh(**mesh), types.SimpleNamespace(num_tokens=1234567), "plain ops")
-    first, *rest = said.split("\n")
+    data = types.SimpleNamespace(num_tokens=1234567)
+    mine = Prepared(config, rank=0, device=torch.device("cpu"), kernels="plain ops", train_data=data)
+    first, *rest = mine.describe().split("\n")
     assert first == f"config: {config.to_json()}"
     return rest, config.model.num_parameters
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from heiretsu.data.batches import TokenDataset
 from heiretsu.run import roll_call
-from heiretsu.run.agreement import disagreement, facts
 from heiretsu.run.lines import connect
 from heiretsu.run.options import parse_args
+from heiretsu.run.prepare import facts
 from heiretsu.run.roll_call import Report, roll_call_over
 from tests.faults.launch import TINY, last_line, run_to_the_end
 
@@ -23,7 +23,7 @@ def called(reports, timeout=30.0, store=None, head_start=0.0):
 
     def take_part(rank):
         try:
-            found[rank] = roll_call_over(store, rank, len(reports), timeout, reports[rank], disagreement)
+            found[rank] = roll_call_over(store, rank, len(reports), timeout, reports[rank])
         except ValueError as error:
             found[rank] = error
 
@@ -105,7 +105,7 @@ def test_a_rank_that_does_not_come_is_named_by_the_others(record_property):
 def test_a_rank_that_dies_while_others_are_waited_for_is_named_at_once(record_property):
     record_property("fault", "rank 1 of 3 dies after it has reported, rank 2 is not there yet")
     store, found = dist.HashStore(), []
-    arguments = (store, 0, 3, 60.0, Report({}), disagreement)
+    arguments = (store, 0, 3, 60.0, Report({}))
     caller = threading.Thread(target=lambda: found.append(roll_call_over(*arguments)))
     caller.start()
     place = json.loads(store.get("heiretsu/roll call"))

@@ -15,7 +15,7 @@ from heiretsu.parallel.engine import StepReport
 from heiretsu.run import building as build
 
 # Those whose fields are set again while a run goes on. Every other dataclass is frozen.
-CHANGING = {"LossScaler", "_Bucket", "_InFlight", "Prepared", "Meeting", "Saving", "Peer"}
+CHANGING = {"LossScaler", "_Bucket", "_InFlight", "Prepared", "Saving", "Peer"}
 
 
 def dataclasses_of(package: str) -> dict[str, type]:

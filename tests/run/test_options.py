@@ -237,6 +237,7 @@ EDGES = [  # what is needed beside it, the last that is taken, the first that is
     ("", "--autotune --fused", "--autotune", "--autotune measures launch parameters .*: it needs --fused"),
     ("--fused", "--autotune --device cuda", "--autotune --device mps", "needs a GPU, but --device is mps"),
     ("", "--resume auto --checkpoint_dir a", "--resume auto", "--resume auto looks in --checkpoint_dir, which is not"),
+    ("", "--resume .", "--resume nowhere", "nowhere: there is no such folder"),
     ("--init_from a", "--resume none", "--resume b", "--init_from starts a new run and --resume goes on with one"),
     ("--memory_snapshot", "--profile a", "", "--memory_snapshot is written beside the traces: it needs --profile DIR"),
     ("", "--data_dir .", "--data_dir nowhere", "--data_dir nowhere: there is no such directory"),

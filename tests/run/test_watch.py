@@ -17,8 +17,9 @@ def test_a_rank_that_has_left_is_not_listened_to_any_more():
         selector.register(here, selectors.EVENT_READ, peer)
         there.close()
         assert [key.data for key, _ in selector.select(timeout=0)] == [peer]
-        Watch._forget(SimpleNamespace(_selector=selector), peer)
-        assert selector.select(timeout=0) == [] and peer.gone
+        watch = SimpleNamespace(_selector=selector, peers=[peer])
+        Watch._forget(watch, peer)
+        assert selector.select(timeout=0) == [] and watch.peers == []
     here.close()
 
 
