@@ -181,6 +181,7 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys, f
     assert reason in last
 
 
+@pytest.mark.full
 def test_a_rehearsal_runs_every_part_without_what_a_rented_machine_may_lack(tmp_path):
     """All of the kit's code, in a Python that has no tqdm, tiktoken, wandb and so on."""
     absent = ["liger_kernel", "modal", "rich", "tiktoken", "tqdm", "transformers", "wandb"]

@@ -2,6 +2,7 @@
 
 Poisoned scratch memory everywhere; int32 overflows raise where TRITON_INTERPRET=1. Tests marked `triton` call Triton
 kernels directly: they run here under TRITON_INTERPRET=1 or on a GPU, and are left to test_interpreted.py otherwise.
+What concerns no kernel does not run again in the interpreter.
 """
 
 import pytest
@@ -31,6 +32,8 @@ def pytest_ignore_collect(collection_path, config):
         "test_autotune.py": forms.HAS_TRITON and not forms.INTERPRETED,
         "test_launch.py": forms.HAS_TRITON,
         "test_mutations.py": forms.HAS_TRITON,
+        "test_exports.py": not forms.INTERPRETED,
+        "test_guide.py": not forms.INTERPRETED,
         "test_emulated.py": config.getoption("emulate"),
         "test_stages_on_gpu.py": forms.TRITON_DEVICE == "cuda",
     }
@@ -42,6 +45,8 @@ def pytest_collection_modifyitems(config, items):
         elsewhere = [item for item in items if item.path.name != "test_emulated.py"]
     elif forms.TRITON_DEVICE is None:
         elsewhere = [item for item in items if item.get_closest_marker("triton")]
+    elif forms.INTERPRETED:
+        elsewhere = [item for item in items if "cpu-form" in item.name]
     else:
         return
     config.hook.pytest_deselected(items=elsewhere)
