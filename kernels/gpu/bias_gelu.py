@@ -18,6 +18,7 @@ from heiretsu.kernels.gpu import launch
 from heiretsu.kernels.gpu.gelu import gelu, gelu_and_derivative
 from heiretsu.kernels.gpu.launch import Tiles, on_every_gpu
 from heiretsu.kernels.gpu.row_tiles import as_rows, contiguous_like, load_tile, store_tile
+from heiretsu.kernels.gradients import gradient_buffers
 
 # Headroom over DRAM at bf16, forward / backward: A100 2.23 / 1.98, H100 2.26 / 2.36, B200 1.18 / 1.39, MI300X
 # 1.11 / 1.50; 40 / 72 registers on H100. Twice the backward's tile costs 136 registers and gains nothing.
@@ -99,7 +100,7 @@ def _backward(
     dout: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, need_dx: bool, need_dbias: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx and dbias; an empty tensor for one that is not needed."""
-    dx, dbias = _gradients(x, bias, need_dx, need_dbias)
+    dx, dbias = gradient_buffers((x, bias), (need_dx, need_dbias))
     if x.numel() == 0:
         return dx, dbias.zero_()
     rows, dout_rows, F = as_rows(x), as_rows(dout), x.shape[-1]
@@ -115,11 +116,7 @@ def _backward(
 
 @_backward.register_fake
 def _(dout, x, bias, need_dx, need_dbias):
-    return _gradients(x, bias, need_dx, need_dbias)
-
-
-def _gradients(x, bias, need_dx, need_dbias):
-    return contiguous_like(x) if need_dx else x.new_empty(0), bias.new_empty(bias.shape if need_dbias else 0)
+    return gradient_buffers((x, bias), (need_dx, need_dbias))
 
 
 def _setup_context(ctx, inputs, output):
@@ -127,9 +124,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, dout):
-    need_dx, need_dbias = ctx.needs_input_grad
-    dx, dbias = _backward(dout, *ctx.saved_tensors, need_dx, need_dbias)
-    return dx if need_dx else None, dbias if need_dbias else None
+    return _backward(dout, *ctx.saved_tensors, *ctx.needs_input_grad)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -36,6 +36,7 @@ from heiretsu.kernels.gpu import grouped_gemm, launch
 from heiretsu.kernels.gpu.grouped_gemm import find_tile
 from heiretsu.kernels.gpu.launch import Tiles, accumulator, on_every_gpu
 from heiretsu.kernels.gpu.routing_plan import RoutingPlan, make_plan
+from heiretsu.kernels.gradients import gradient_buffers
 
 # The passes over rows beside the GEMMs, whose tiles are in grouped_gemm.py.
 COMBINE = Tiles(
@@ -179,10 +180,6 @@ def _sum_tiles(partial, tile_rows, bias, plan):
     return out
 
 
-def _contiguous(bias):
-    return None if bias is None else bias.contiguous()
-
-
 @torch.library.custom_op("heiretsu::expert_mlp", mutates_args=())
 def _expert_mlp(
     x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor | None,
@@ -199,10 +196,10 @@ def _expert_mlp(
     a = x.new_empty(num_rows, F)
     grouped_gemm.grouped_gemm(
         x, w1.to(x.dtype), plan, h if save else None,
-        gather=True, epilogue="gelu", bias=_contiguous(b1), act=a,
+        gather=True, epilogue="gelu", bias=b1, act=a,
     )  # fmt: skip
-    grouped_gemm.grouped_gemm(a, w2.to(x.dtype), plan, y, bias=_contiguous(b2))
-    return _combine(y, plan, gates.contiguous()), h, y, *plan
+    grouped_gemm.grouped_gemm(a, w2.to(x.dtype), plan, y, bias=b2)
+    return _combine(y, plan, gates), h, y, *plan
 
 
 @_expert_mlp.register_fake
@@ -223,9 +220,9 @@ def _expert_mlp_backward(
     (E, C, _), plan = w1.shape, RoutingPlan(order, slot_rows, offsets)
     need_dx, need_dgates, need_dw1, need_db1, need_dw2, need_db2 = needs
     if not (order.numel() and C and E):
-        return tuple(gradient.zero_() for gradient in _gradients((x, gates, w1, b1, w2, b2), needs))
+        return tuple(gradient.zero_() for gradient in gradient_buffers((x, gates, w1, b1, w2, b2), needs))
     dx, dgates, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in needs)
-    dout, gates = dout.contiguous(), gates.contiguous()
+    dout = dout.contiguous()
     if need_dgates or need_db2:
         all_dgates, db2_parts, tile_rows = _combine_backward(dout, y, gates, plan, need_db2)
         dgates = all_dgates if need_dgates else dgates
@@ -249,13 +246,7 @@ def _expert_mlp_backward(
 
 @_expert_mlp_backward.register_fake
 def _(dout, x, gates, w1, b1, w2, b2, h, y, order, slot_rows, offsets, needs):
-    return _gradients((x, gates, w1, b1, w2, b2), needs)
-
-
-def _gradients(inputs, needs):
-    """A buffer for each gradient that is needed, empty for the others."""
-    like = inputs[0]
-    return tuple(t.new_empty(t.shape) if need else like.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+    return gradient_buffers((x, gates, w1, b1, w2, b2), needs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -285,4 +276,5 @@ def expert_mlp(x, experts, gates, w1, b1, w2, b2):
     launch.require_device("expert_mlp", x)
     reverse_mode_only("expert_mlp", x, gates, w1, b1, w2, b2)
     wants_gradient = any(t is not None and t.requires_grad for t in (x, gates, w1, b1, w2, b2))
+    gates, b1, b2 = (t if t is None else t.contiguous() for t in (gates, b1, b2))
     return _expert_mlp(x, experts, gates, w1, b1, w2, b2, torch.is_grad_enabled() and wants_gradient)[0]

@@ -22,6 +22,7 @@ from heiretsu.kernels.dtypes import at_least_float32
 from heiretsu.kernels.gpu import launch
 from heiretsu.kernels.gpu.launch import Tiles, on_every_gpu
 from heiretsu.kernels.gpu.row_tiles import as_rows, contiguous_like, load_tile, store_tile, widen
+from heiretsu.kernels.gradients import gradient_buffers
 
 # By C: a program holds BLOCK_N whole rows of next_power_of_2(C) values in registers. Headroom at C = 768, forward /
 # backward: A100 3.95 / 2.48, H100 3.55 / 2.43, B200 1.86 / 1.28, MI300X 2.50 / 1.96; 48 / 64 registers on H100, 126 at
@@ -163,10 +164,10 @@ def _(x, residual, weight, bias, eps):
 @torch.library.custom_op("heiretsu::layer_norm_backward", mutates_args=())
 def _backward(
     dy: torch.Tensor, dtotal: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
-    mean: torch.Tensor, rstd: torch.Tensor, need_dx: bool, need_dweight: bool, need_dbias: bool,
+    mean: torch.Tensor, rstd: torch.Tensor, needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dx (in the dtype of x: what was normalised), dweight, dbias; an empty tensor for one that is not needed."""
-    dx, dweight, dbias = _gradients(x, weight, bias, need_dx, need_dweight, need_dbias)
+    dx, dweight, dbias = gradient_buffers((x, weight, bias), needs)
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
     rows, dy_rows = as_rows(x), as_rows(dy)
@@ -174,10 +175,10 @@ def _backward(
     N, C = rows.shape
     chosen = BACKWARD.parameters(x.device, C, x.itemsize)
     programs = triton.cdiv(N, chosen["ROWS"])
-    parts = [mean.new_empty(programs, C) if need else None for need in (need_dweight, need_dbias)]
+    parts = [mean.new_empty(programs, C) if need else None for need in needs[1:]]
     chosen.launch(
         _backward_kernel, (programs,),
-        dy_rows, dtotal_rows, rows, weight, mean, rstd, dx if need_dx else None, *parts, N, C,
+        dy_rows, dtotal_rows, rows, weight, mean, rstd, dx if needs[0] else None, *parts, N, C,
         dy_rows.stride(0), dtotal_rows.stride(0), rows.stride(0), ADD=dtotal is not None, BLOCK_C=_block_c(C),
     )  # fmt: skip
     for gradient, part in zip((dweight, dbias), parts, strict=True):
@@ -187,13 +188,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy, dtotal, x, weight, bias, mean, rstd, need_dx, need_dweight, need_dbias):
-    return _gradients(x, weight, bias, need_dx, need_dweight, need_dbias)
-
-
-def _gradients(x, weight, bias, need_dx, need_dweight, need_dbias):
-    dx = contiguous_like(x) if need_dx else x.new_empty(0)
-    return dx, weight.new_empty(x.shape[-1] if need_dweight else 0), bias.new_empty(x.shape[-1] if need_dbias else 0)
+def _(dy, dtotal, x, weight, bias, mean, rstd, needs):
+    return gradient_buffers((x, weight, bias), needs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -207,16 +203,10 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd_backward(ctx, dy, dtotal, *_):
     need_dx, need_dresidual, *need_parameters, _ = ctx.needs_input_grad
-    needs = (need_dx or need_dresidual, *need_parameters)
-    dx, dweight, dbias = _backward(dy, dtotal if ctx.add else None, *ctx.saved_tensors, *needs)
-    need_dweight, need_dbias = need_parameters
-    return (
-        dx.to(ctx.dtype) if need_dx else None,
-        dx.to(ctx.residual_dtype) if need_dresidual else None,
-        dweight if need_dweight else None,
-        dbias if need_dbias else None,
-        None,
-    )
+    needs = [need_dx or need_dresidual, *need_parameters]
+    dtotal_in, *of_parameters = _backward(dy, dtotal if ctx.add else None, *ctx.saved_tensors, needs)
+    dx = dtotal_in.to(ctx.dtype) if need_dx else None
+    return dx, dtotal_in.to(ctx.residual_dtype) if need_dresidual else None, *of_parameters, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

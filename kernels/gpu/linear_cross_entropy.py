@@ -242,8 +242,11 @@ def _gemm(a, b, out, add):
     )  # fmt: skip
 
 
-def _lse(x, weight, local):
-    """lse (N,) and target_logit (N,) of x (N, C), weight (V, C) of one dtype, local (N,)."""
+@torch.library.custom_op("heiretsu::linear_cross_entropy", mutates_args=())
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_start: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, local = as_rows(x), as_rows(weight.to(x.dtype)), targets - vocab_start
     (N, C), V = x.shape, weight.shape[0]
     chosen = LSE.parameters(x.device, itemsize=x.itemsize)
     splits = triton.cdiv(V, chosen["SPLIT_V"])
@@ -256,22 +259,6 @@ def _lse(x, weight, local):
     chosen = COMBINE.parameters(x.device)
     chosen.launch(_combine_kernel, (triton.cdiv(N, chosen["BLOCK_N"]),), maxima, sums, lse, N, splits)
     return lse, target_logit
-
-
-def _dlogits(x, weight, local, lse, dlse, dtarget, out, chosen):
-    """Fill out (N, V or more) with the gradient of the logits x @ weight.T, and with 0 from column V on."""
-    (N, C), V = x.shape, weight.shape[0]
-    chosen.launch(
-        _dlogits_kernel, (triton.cdiv(N, chosen["BLOCK_N"]) * triton.cdiv(out.shape[1], chosen["BLOCK_V"]),),
-        x, weight, local, lse, dlse, dtarget, out, N, V, C, out.shape[1], x.stride(0), weight.stride(0), out.stride(0),
-    )  # fmt: skip
-
-
-@torch.library.custom_op("heiretsu::linear_cross_entropy", mutates_args=())
-def _forward(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_start: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _lse(as_rows(x), as_rows(weight.to(x.dtype)), targets - vocab_start)
 
 
 @_forward.register_fake
@@ -294,13 +281,18 @@ def _backward(
     block = max(1, chosen.pop("BUFFER_ELEMENTS") // (N * chosen["BLOCK_V"])) * chosen["BLOCK_V"]
     buffer = x.new_empty(N, min(block, triton.cdiv(V, 16) * 16))
     for start in range(0, V, block):
-        end = min(start + block, V)
-        narrow, dlogits = as_rows(weight[start:end].to(x.dtype)), buffer[:, : triton.cdiv(end - start, 16) * 16]
-        _dlogits(rows, narrow, targets - (vocab_start + start), lse, dlse, dtarget, dlogits, chosen)
+        words = min(block, V - start)
+        width = triton.cdiv(words, 16) * 16
+        narrow, dlogits = as_rows(weight[start : start + words].to(x.dtype)), buffer[:, :width]
+        chosen.launch(
+            _dlogits_kernel, (triton.cdiv(N, chosen["BLOCK_N"]) * triton.cdiv(width, chosen["BLOCK_V"]),),
+            rows, narrow, targets - (vocab_start + start), lse, dlse, dtarget, dlogits, N, words, C, width,
+            rows.stride(0), narrow.stride(0), dlogits.stride(0),
+        )  # fmt: skip
         if need_dx:
             _gemm(dlogits, narrow, dx, add=start > 0)
         if need_dweight:
-            _gemm(dlogits.T, rows, dweight[start:end], add=False)
+            _gemm(dlogits.T, rows, dweight[start : start + words], add=False)
     return dx.to(x.dtype, copy=True), dweight
 
 
@@ -316,9 +308,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, dlse, dtarget):
-    need_dx, need_dweight = ctx.needs_input_grad[:2]
-    dx, dweight = _backward(dlse, dtarget, *ctx.saved_tensors, ctx.vocab_start, need_dx, need_dweight)
-    return dx if need_dx else None, dweight if need_dweight else None, None, None
+    needs = ctx.needs_input_grad[:2]
+    return *_backward(dlse, dtarget, *ctx.saved_tensors, ctx.vocab_start, *needs), None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

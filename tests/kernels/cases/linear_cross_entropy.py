@@ -146,8 +146,8 @@ MUTATIONS = [
     Mutation("target off by one", "column = local - first", "column = local - first + 1", "edges", _FILE),
     Mutation(
         "target offset of the shard dropped",
-        "as_rows(weight.to(x.dtype)), targets - vocab_start)",
-        "as_rows(weight.to(x.dtype)), targets)",
+        "as_rows(weight.to(x.dtype)), targets - vocab_start\n",
+        "as_rows(weight.to(x.dtype)), targets\n",
         "middle shard",
         _FILE,
     ),
@@ -190,8 +190,8 @@ MUTATIONS = [
     ),
     Mutation(
         "dweight of the first block only",
-        "dweight[start:end], add=False)",
-        "dweight[: end - start], add=False)",
+        "dweight[start : start + words], add=False)",
+        "dweight[:words], add=False)",
         "many blocks",
         _FILE,
     ),
