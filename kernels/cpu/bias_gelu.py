@@ -3,8 +3,8 @@
 import torch
 
 from heiretsu.kernels.arguments import checked, reverse_mode_only
-from heiretsu.kernels.cpu.gelu import GELU_CUBIC, GELU_LINEAR, gelu_block
-from heiretsu.kernels.cpu.row_blocks import row_blocks, scratch
+from heiretsu.kernels.cpu.gelu import GELU_CUBIC, GELU_LINEAR, Gelu
+from heiretsu.kernels.cpu.row_blocks import block_rows, slices
 from heiretsu.kernels.dtypes import at_least_float32
 
 
@@ -18,14 +18,7 @@ class _BiasGelu(torch.autograd.Function):
         x2, wide = x.reshape(rows, width), at_least_float32(x.dtype)
         out = torch.empty_like(x2, memory_format=torch.contiguous_format)
         derivative = torch.empty_like(out) if save_derivative else None
-        blocks = row_blocks(rows, width)
-        all_u, all_q, all_s, all_r = scratch(blocks, width, wide, 4)
-        linear, bias = torch.full_like(all_u, GELU_LINEAR), bias.to(wide)
-        for block in blocks:
-            n = block.stop - block.start
-            u, q, s, r = all_u[:n], all_q[:n], all_s[:n], all_r[:n]
-            u.copy_(x2[block]).add_(bias)
-            gelu_block(u, out[block], derivative[block] if save_derivative else None, q, s, r, linear[:n])
+        Gelu(rows, width, wide)(x2, bias.to(wide), out, derivative)
         return out.view(x.shape), derivative
 
     @staticmethod
@@ -45,16 +38,16 @@ class _BiasGelu(torch.autograd.Function):
         dout2, wide = dout.reshape(rows, width), at_least_float32(dout.dtype)
         dx = torch.empty_like(derivative) if need_dx else None
         dbias = derivative.new_zeros(width, dtype=wide)
-        blocks = row_blocks(rows, width)
-        all_d, all_dout = scratch(blocks, width, wide, 2)
-        for block in blocks:
-            n = block.stop - block.start
-            d = all_d[:n].copy_(derivative[block]).mul_(all_dout[:n].copy_(dout2[block]))
+        step = block_rows(width)
+        scratch = derivative.new_empty(2, min(rows, step), width, dtype=wide)
+        for block in slices(rows, step):
+            d, wide_dout = scratch[:, : block.stop - block.start]
+            d.copy_(derivative[block]).mul_(wide_dout.copy_(dout2[block]))
             if need_dx:
                 dx[block] = d
             if need_dbias:
                 dbias += d.sum(0)
-        return dx.view(dout.shape) if need_dx else None, dbias.to(ctx.bias_dtype) if need_dbias else None, None
+        return dx.view(dout.shape) if need_dx else None, dbias.to(ctx.bias_dtype), None
 
 
 @checked

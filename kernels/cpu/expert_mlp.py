@@ -15,16 +15,19 @@ as in `plain`.
 N tokens, K experts per token, E experts, C hidden size, F feed-forward size.
 """
 
+from itertools import pairwise
+
 import torch
 
 from heiretsu.kernels.arguments import checked, reverse_mode_only
-from heiretsu.kernels.cpu.gelu import GELU_LINEAR, gelu_block
-from heiretsu.kernels.cpu.row_blocks import BLOCK_ELEMENTS
+from heiretsu.kernels.cpu.gelu import Gelu
 from heiretsu.kernels.dtypes import at_least_float32
+from heiretsu.kernels.gradients import gradient_buffers
 
 
 def _sort_by_expert(experts, num_experts):
-    """(order, slot, bounds): flat slots n * K + k sorted by expert, its inverse (N, K), and where each expert begins.
+    """(order, slot, blocks, end): flat slots n * K + k sorted by expert, its inverse (N, K), {expert: slice of the
+    sorted rows} for each expert that has rows, and where the last of these ends.
 
     An index outside 0..E-1 sorts behind the last expert: `plain` gives it no expert, and so a zero output.
     """
@@ -34,16 +37,13 @@ def _sort_by_expert(experts, num_experts):
     slot = torch.empty_like(order)
     slot[order] = torch.arange(order.numel(), device=order.device)
     counts = flat.bincount(minlength=num_experts + 1)[:num_experts]
-    return order, slot.view(experts.shape), [0, *counts.cumsum(0).tolist()]
+    bounds = [0, *counts.cumsum(0).tolist()]
+    blocks = {e: slice(begin, end) for e, (begin, end) in enumerate(pairwise(bounds)) if begin < end}
+    return order, slot.view(experts.shape), blocks, bounds[-1]
 
 
-def _blocks(bounds):
-    """(expert, slice of the sorted rows) for each expert that has rows."""
-    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if b > a]
-
-
-def _largest(bounds):
-    return max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+def _largest(blocks):
+    return max((block.stop - block.start for block in blocks.values()), default=0)
 
 
 def _combine(rows, slot, gates=None):
@@ -61,56 +61,35 @@ def _expert_mlp(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(out, gelu(h), gelu'(h), y), rows sorted by expert; without save, the middle two are empty."""
     E, C, F = w1.shape
-    order, slot, bounds = _sort_by_expert(experts, E)
+    order, slot, blocks, end = _sort_by_expert(experts, E)
     rows = order.numel()
     all_a, slope = (x.new_empty(rows if save else 0, F) for _ in range(2))
     y = x.new_empty(rows, C)
     for buffer in (all_a, slope, y):
-        buffer[bounds[-1] :] = 0  # rows of no expert
+        buffer[end:] = 0  # rows of no expert
     if not rows or not C:
         return x.new_zeros(x.shape), all_a, slope, y
-    tokens, largest = order // experts.shape[1], _largest(bounds)
+    tokens, largest = order // experts.shape[1], _largest(blocks)
     x_rows, h_rows, a_rows = x.new_empty(largest, C), x.new_empty(largest, F), x.new_empty(0 if save else largest, F)
-    cast, gelu = _Cast(x, C * F), _Gelu(x, largest, F)
-    for e, block in _blocks(bounds):
+    gelu, scratch = Gelu(largest, F, at_least_float32(x.dtype)), _scratch(1, x, w1, w2)[0]
+    for e, block in blocks.items():
         size = block.stop - block.start
         x_e = torch.index_select(x, 0, tokens[block], out=x_rows[:size])
-        h = _linear(x_e, cast(w1[e]), None if b1 is None else b1[e], h_rows[:size])
+        h = _linear(x_e, _cast(w1[e], scratch), None if b1 is None else b1[e], h_rows[:size])
         a = all_a[block] if save else a_rows[:size]
-        gelu(h, a, slope[block] if save else None)
-        _linear(a, cast(w2[e]), None if b2 is None else b2[e], y[block])
+        gelu(h, None, a, slope[block] if save else None)
+        _linear(a, _cast(w2[e], scratch), None if b2 is None else b2[e], y[block])
     return _combine(y, slot, gates), all_a, slope, y
 
 
-class _Cast:
-    """Casts one expert's weight to x's dtype, into one buffer: what it returned last is overwritten."""
-
-    def __init__(self, x, elements):
-        self.x, self.elements, self.buffer = x, elements, None
-
-    def __call__(self, weight):
-        if weight.dtype == self.x.dtype:
-            return weight
-        if self.buffer is None:
-            self.buffer = self.x.new_empty(self.elements)
-        return self.buffer.view(weight.shape).copy_(weight)
+def _scratch(count, x, w1, w2):
+    """Memory for `count` weights of one expert in x's dtype; none where they have it already."""
+    return x.new_empty(count, 0 if w1.dtype == w2.dtype == x.dtype else w1[:1].numel())
 
 
-class _Gelu:
-    """GELU of up to `rows` rows of `width`, and its derivative, in blocks that stay in the cache."""
-
-    def __init__(self, x, rows, width):
-        self.step = min(rows, max(1, BLOCK_ELEMENTS // max(1, width)))
-        self.scratch = x.new_empty(5, self.step, width, dtype=at_least_float32(x.dtype))
-        self.scratch[4] = GELU_LINEAR
-
-    def __call__(self, h, out, derivative):
-        for start in range(0, h.shape[0], self.step):
-            block = slice(start, min(start + self.step, h.shape[0]))
-            u, q, s, r, linear = self.scratch[:, : block.stop - start]
-            gelu_block(
-                u.copy_(h[block]), out[block], None if derivative is None else derivative[block], q, s, r, linear
-            )
+def _cast(weight, scratch):
+    """One expert's weight in scratch's dtype: itself, or written over scratch."""
+    return weight if weight.dtype == scratch.dtype else scratch.view(weight.shape).copy_(weight)
 
 
 def _linear(x, weight, bias, out):
@@ -134,24 +113,25 @@ def _expert_mlp_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dx, dgates, dw1, db1, dw2, db2); empty for one that `needs` does not name, in this order."""
     E, C, F = w1.shape
-    order, slot, bounds = _sort_by_expert(experts, E)
-    dx, dgates, dw1, db1, dw2, db2 = gradients = _gradients((x, gates, w1, b1, w2, b2), needs)
+    order, slot, blocks, end = _sort_by_expert(experts, E)
+    dx, dgates, dw1, db1, dw2, db2 = gradients = gradient_buffers((x, gates, w1, b1, w2, b2), needs)
     if not order.numel() or not C:
         return tuple(gradient.zero_() for gradient in gradients)
     need_dx, need_dgates, need_dw1, need_db1, need_dw2, need_db2 = needs
     need_dh = need_dx or need_dw1 or need_db1
+    without_rows = [e for e in range(E) if e not in blocks]  # whose part nobody else writes
     for gradient, need in zip(gradients[2:], needs[2:], strict=True):
         if need:
-            _zero_where_empty(gradient, bounds)
+            gradient[without_rows] = 0
     tokens, gate = order // experts.shape[1], gates.reshape(-1)[order].to(x.dtype)
     dx_rows = torch.empty_like(y) if need_dx else None  # dx of each row, then summed over k
     if need_dx:
-        dx_rows[bounds[-1] :] = 0
-    largest = _largest(bounds)
+        dx_rows[end:] = 0
+    largest = _largest(blocks)
     x_rows, dy_rows, dh_rows = x.new_empty(largest, C), x.new_empty(largest, C), x.new_empty(largest, F)
     dgate = gate.new_zeros(gate.shape, dtype=at_least_float32(gates.dtype))
-    cast, product = _Cast(x, C * F), x.new_empty(0 if w1.dtype == w2.dtype == x.dtype else C * F)
-    for e, block in _blocks(bounds):
+    scratch, product = _scratch(2, x, w1, w2)
+    for e, block in blocks.items():
         size, token = block.stop - block.start, tokens[block]
         dy = torch.index_select(dout, 0, token, out=dy_rows[:size])
         if need_dgates:
@@ -162,29 +142,16 @@ def _expert_mlp_backward(
         if need_db2:
             _bias_gradient(dy, db2[e])
         if need_dh:
-            dh = torch.mm(dy, cast(w2[e]).T, out=dh_rows[:size])
+            dh = torch.mm(dy, _cast(w2[e], scratch).T, out=dh_rows[:size])
             dh *= slope[block]
         if need_dw1:
             _weight_gradient(torch.index_select(x, 0, token, out=x_rows[:size]), dh, dw1[e], product)
         if need_db1:
             _bias_gradient(dh, db1[e])
         if need_dx:
-            torch.mm(dh, cast(w1[e]).T, out=dx_rows[block])
+            torch.mm(dh, _cast(w1[e], scratch).T, out=dx_rows[block])
     dx = _combine(dx_rows, slot) if need_dx else dx
     return dx, dgates.copy_(dgate.view(gates.shape)) if need_dgates else dgates, dw1, db1, dw2, db2
-
-
-def _gradients(inputs, needs):
-    """A buffer for each gradient that is needed, empty for the others."""
-    like = inputs[0]
-    return tuple(t.new_empty(t.shape) if need else like.new_empty(0) for t, need in zip(inputs, needs, strict=True))
-
-
-def _zero_where_empty(gradient, bounds):
-    """Zero for the experts without rows, whose part nobody else writes."""
-    for e, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        if begin == end:
-            gradient[e] = 0
 
 
 def _weight_gradient(inputs, grads, dweight, product):
@@ -202,7 +169,7 @@ def _bias_gradient(grads, dbias):
 
 @_expert_mlp_backward.register_fake
 def _(dout, x, experts, gates, w1, b1, w2, b2, a, slope, y, needs):
-    return _gradients((x, gates, w1, b1, w2, b2), needs)
+    return gradient_buffers((x, gates, w1, b1, w2, b2), needs)
 
 
 def _setup_context(ctx, inputs, output):

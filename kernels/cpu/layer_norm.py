@@ -43,8 +43,7 @@ class _LayerNorm(torch.autograd.Function):
                 dweight += block_dweight
             if need_dbias:
                 dbias += block_dbias
-        dx = dx.view(x.shape) if need_dx else None
-        return dx, dweight if need_dweight else None, dbias if need_dbias else None, None
+        return dx.view(x.shape), dweight, dbias, None
 
 
 @checked

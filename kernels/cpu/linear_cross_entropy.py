@@ -24,16 +24,13 @@ import torch
 
 from heiretsu.kernels import plain
 from heiretsu.kernels.arguments import checked, own_dtypes, reverse_mode_only
+from heiretsu.kernels.cpu.row_blocks import slices
 from heiretsu.kernels.dtypes import at_least_float32
 
 # 512 tokens of 50257 words, 50 MB in bf16: fewer rows make more passes over the (V, C) sum.
 _CHUNK_ELEMENTS = 26_000_000
 _ROW_BLOCK_ELEMENTS = 1 << 19  # widened to float32 for the softmax: 2 MB, the L2 caches of two cores
 _VOCAB_BLOCK = 2048
-
-
-def _slices(total, step):
-    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
 def _chunk_rows(elements, columns):
@@ -53,7 +50,7 @@ def _softmax_rows(logits, local, inside, lse, target_logit, need_q):
     """Fill lse and target_logit, (n,), from logits, (n, V), which become Q = softmax - onehot(local) if need_q."""
     row = torch.arange(logits.shape[0], device=logits.device)
     target_logit.copy_(torch.where(inside, logits[row, local], 0.0))
-    blocks = _slices(len(row), max(1, _ROW_BLOCK_ELEMENTS // logits.shape[1]))
+    blocks = slices(len(row), max(1, _ROW_BLOCK_ELEMENTS // logits.shape[1]))
     wide = lse.new_empty(blocks[0].stop, logits.shape[1])
     for rows in blocks:
         block = wide[: rows.stop - rows.start].copy_(logits[rows])
@@ -71,7 +68,7 @@ def _accumulate_product(total, q, x, first):
     if x.dtype == total.dtype:
         total.addmm_(q.T, x, beta=0.0 if first else 1.0)
         return
-    blocks = _slices(len(total), _VOCAB_BLOCK)
+    blocks = slices(len(total), _VOCAB_BLOCK)
     narrow, wide = (tensor.new_empty(blocks[0].stop, x.shape[1]) for tensor in (x, total))
     for block in blocks:
         n = block.stop - block.start
@@ -99,7 +96,7 @@ def _forward(
     local, inside, another_shard = _local_targets(targets, vocab_start, V)
     need_q_x = need_dweight and not another_shard
     narrow = weight.to(x.dtype)
-    chunks = _slices(N, _chunk_rows(_CHUNK_ELEMENTS, V))
+    chunks = slices(N, _chunk_rows(_CHUNK_ELEMENTS, V))
     logits = x.new_empty(chunks[0].stop, V)
     if not need_q_x:
         q_x.zero_()
@@ -145,7 +142,7 @@ def _backward(
 
 def _recompute_dweight(dweight, dlse, dtarget, x, weight, lse, local):
     """dweight = (dlse P + dtarget onehot).T @ x, whatever dlse and dtarget are. local: -1 where there is no target."""
-    for block in _slices(len(weight), _chunk_rows(_CHUNK_ELEMENTS // 2, len(x))):  # half: this one is widened
+    for block in slices(len(weight), _chunk_rows(_CHUNK_ELEMENTS // 2, len(x))):  # half: this one is widened
         dlogits = (x @ weight[block].to(x.dtype).T).to(lse.dtype)
         dlogits.sub_(lse[:, None]).exp_().mul_(dlse[:, None])
         here = ((local >= block.start) & (local < block.stop)).nonzero()[:, 0]
@@ -163,15 +160,14 @@ def _(dlse, dtarget, x, weight, targets, lse, q_weight, q_x, vocab_start):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, targets, ctx.vocab_start, ctx.need_dx, ctx.need_dweight = inputs
+    x, weight, targets, ctx.vocab_start, *_ = inputs
     lse, _, q_weight, q_x = output
     ctx.mark_non_differentiable(q_weight, q_x)
     ctx.save_for_backward(x, weight, targets, lse, q_weight, q_x)
 
 
 def _autograd_backward(ctx, dlse, dtarget, *_):
-    dx, dweight = _backward(dlse, dtarget, *ctx.saved_tensors, ctx.vocab_start)
-    return dx if ctx.need_dx else None, dweight if ctx.need_dweight else None, None, None, None, None
+    return *_backward(dlse, dtarget, *ctx.saved_tensors, ctx.vocab_start), None, None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -186,6 +182,5 @@ def linear_cross_entropy(x, weight, targets, vocab_start=0):
     reverse_mode_only("linear_cross_entropy", x, weight)
     if x.shape[0] == 0 or weight.shape[0] == 0:
         return plain.linear_cross_entropy(x, weight, targets, vocab_start)
-    training = torch.is_grad_enabled()
-    needs = training and x.requires_grad, training and weight.requires_grad
+    needs = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     return _forward(x, weight, targets, vocab_start, *needs)[:2]

@@ -8,19 +8,21 @@ While torch.compile traces (torch.compiler.is_compiling()), such an op is its fo
 one pass itself, and better than anything opaque to it.
 """
 
-import torch
-
 # Elements of a block. Four float32 blocks of 2**17 are 2 MiB, the L2 caches of two cores; smaller ones pay more for
 # calling ATen than they save (measured 2**14 to 2**20: 2**17 and 2**18 best with 1 and with 2 threads).
 BLOCK_ELEMENTS = 1 << 17
 
 
+def block_rows(row_elements):
+    """Rows of a block."""
+    return max(1, BLOCK_ELEMENTS // max(1, row_elements))
+
+
 def row_blocks(rows, row_elements):
-    """Slices over 0..rows of about BLOCK_ELEMENTS elements each."""
-    step = max(1, BLOCK_ELEMENTS // max(1, row_elements))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    """Slices over 0..rows, a block each."""
+    return slices(rows, block_rows(row_elements))
 
 
-def scratch(blocks, row_elements, dtype, count):
-    rows = blocks[0].stop if blocks else 0
-    return [torch.empty(rows, row_elements, dtype=dtype, device="cpu") for _ in range(count)]
+def slices(total, step):
+    """0..total in slices of `step`, the last one shorter."""
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
