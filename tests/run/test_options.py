@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -384,6 +385,27 @@ def test_help_tells_defaults_and_a_flag_cannot_be_shortened(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--max_iter", "5"])
     assert "unrecognized arguments: --max_iter 5 (see train.py --help)" in capsys.readouterr().err
+
+
+def flags_in_words() -> str:
+    """Each flag, under its heading: type, default, choices, names of its values, help, and its bounds."""
+    lines = []
+    for group in options._parser()._action_groups:
+        lines += [f"[{group.title}]"] if group._group_actions and group.title in options.GROUPS else []
+        for action in group._group_actions if lines else ():
+            bounds = options.FLAGS[action.dest].bounds
+            kind = action.type.__name__ if action.type else type(action).__name__.strip("_")
+            parts = [*action.option_strings, kind, action.default, action.choices, action.nargs, action.metavar]
+            about = (
+                "" if bounds is None else f" | {bounds.low} {bounds.above} {bounds.below} {bounds.high} {bounds.words}"
+            )
+            lines.append(f"{' '.join(map(str, parts))} | {action.help}{about}")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_flags_are_those_of_the_list():
+    """A change of a flag is a change of flags.txt: what a user's scripts rely on is not changed by the way."""
+    assert flags_in_words() == Path(__file__).with_name("flags.txt").read_text()
 
 
 def test_every_flag_is_in_one_of_these_tables():
