@@ -103,20 +103,12 @@ def split_layers(config: ModelConfig, num_ranks: int, stages_per_rank: int = 1) 
     def stage_cost(first: int, stop: int) -> int:
         return up_to[stop] - up_to[first] + (config.head_macs if stop == config.n_layer else 0)
 
-    # best[s][n]: (cost of the costliest of s stages over the first n layers, where the last of them begins)
-    best = [{0: (0, 0)}]
-    for stage in range(1, num_stages + 1):
-        row = {}
-        for stop in range(stage, config.n_layer + 1):
-            row[stop] = min(
-                (max(cost, stage_cost(first, stop)), first) for first, (cost, _) in best[-1].items() if first < stop
-            )
-        best.append(row)
-
-    stages: list[range] = []
-    stop = config.n_layer
-    for stage in range(num_stages, 0, -1):
-        first = best[stage][stop][1]
-        stages.insert(0, range(first, stop))
-        stop = first
-    return stages
+    # The cheapest way to make s stages of the first n layers, for every n: (cost of the costliest of them, the stages)
+    best: dict[int, tuple[int, list[range]]] = {0: (0, [])}
+    for num_below in range(num_stages):
+        longer = {}
+        for stop in range(num_below + 1, config.n_layer + 1):
+            cost, first = min((max(best[n][0], stage_cost(n, stop)), n) for n in best if n < stop)
+            longer[stop] = cost, [*best[first][1], range(first, stop)]
+        best = longer
+    return best[config.n_layer][1]

@@ -23,10 +23,9 @@ def fold(seed: int, *path: int | str) -> int:
 def initial_value(place: Placement, seed: int) -> torch.Tensor:
     """The whole parameter's initial value, float32 on the CPU, whatever the mesh and the run's dtype."""
     spec = place.spec
-    if spec.std is None:
-        return torch.full(spec.shape, spec.fill, dtype=torch.float32, device="cpu")
-    generator = torch.Generator("cpu").manual_seed(fold(seed, "init", place.name))
-    whole = torch.empty(spec.shape, dtype=torch.float32, device="cpu").normal_(0.0, spec.std, generator=generator)
+    whole = torch.full(spec.shape, spec.fill, dtype=torch.float32, device="cpu")
+    if spec.std is not None:
+        whole.normal_(0.0, spec.std, generator=torch.Generator("cpu").manual_seed(fold(seed, "init", place.name)))
     if spec.rows is not None:
         whole[spec.rows :] = 0.0  # padding
     return whole

@@ -132,12 +132,6 @@ class Copies(AsyncStager):
             torch.cuda.synchronize()
         return staged
 
-    def synchronize_staging(self) -> None:
-        """Nothing to wait for: `stage` returns when all is copied."""
-
-    def close(self) -> None:
-        """Nothing to end."""
-
 
 def read(path: str | os.PathLike, pieces: Mapping[str, Piece]) -> None:
     """Write what is stored under their names into the pieces. All ranks call it, whatever the mesh that saved.
@@ -219,7 +213,8 @@ class _Writer(dcp.FileSystemWriter):
         try:
             yield
         except (Exception, CheckpointException) as error:
-            if _rank() == 0:  # all ranks have stopped writing: each error has travelled to all
+            # All ranks have stopped writing: each error has travelled to all.
+            if not dist.is_initialized() or dist.get_rank() == 0:
                 shutil.rmtree(self.part, ignore_errors=True)
             for cause, _ in getattr(error, "failures", {}).values():
                 if isinstance(cause, (KeyboardInterrupt, SystemExit)):
@@ -243,10 +238,6 @@ def _wrap(tensor: torch.Tensor, place: Placement) -> torch.Tensor:
     return DTensor.from_local(tensor, stage, placements, run_check=False, shape=shape, stride=stride)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def _first_cause(error: BaseException) -> BaseException:
     """The system's own error behind it, if there is one: torch.save says of a full disk that it is at another position
     than it thought."""
@@ -262,11 +253,7 @@ def _reason(error: BaseException) -> str:
     if not failures:
         return brief(error, 300)
     rank, (cause, _) = min(failures.items())
-    return brief(cause, 300) if len(failures) == 1 and _world_size() == 1 else f"rank {rank}: {brief(cause, 300)}"
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return f"rank {rank}: {brief(cause, 300)}" if dist.is_initialized() else brief(cause, 300)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from heiretsu.parallel.checkpoint_seal import is_sealed, read_json, read_run, step_of, sync_folder, verify
+from heiretsu.parallel.checkpoint_seal import (
+    is_sealed,
+    problem,
+    read_json,
+    read_run,
+    step_of,
+    sync_folder,
+    verify,
+)
 from heiretsu.parallel.collectives import gather_objects
 from heiretsu.parallel.mesh import Mesh
 
@@ -43,16 +51,7 @@ def checkpoints(directory: str | os.PathLike) -> list[Path]:
 
 def complete(directory: str | os.PathLike) -> list[Path]:
     """The checkpoints that have all their files in full length, oldest first. Their contents are not read."""
-    return [path for path in checkpoints(directory) if not problem(path)]
-
-
-def problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as far as that shows without reading its tensors; None if nothing is."""
-    try:
-        read_run(path)
-    except ValueError as error:
-        return str(error)
-    return None
+    return [path for path in checkpoints(directory) if not problem(read_run, path)]
 
 
 def newest_whole(directory: str | os.PathLike, say: Callable[[str], None], mesh: Mesh | None = None) -> Path | None:
@@ -62,19 +61,17 @@ def newest_whole(directory: str | os.PathLike, say: Callable[[str], None], mesh:
     damaged: to begin anew then is for the user to decide.
     """
     names = [path.name for path in checkpoints(directory)]
-    if mesh and mesh.world.size > 1:
+    if mesh:
         names = gather_objects(names, mesh.world)[0]  # as rank 0 sees them
     reasons: list[str] = []
     for name in reversed(names):
-        try:
-            verify(Path(directory, name), mesh)
-        except ValueError as error:
-            reasons.append(str(error))
-        else:
-            for reason in reasons:
-                say(f"left out {reason}")
-            say_if_unsealed(Path(directory, name), say)
-            return Path(directory, name)
+        if why := problem(verify, Path(directory, name), mesh):
+            reasons.append(why)
+            continue
+        for reason in reasons:
+            say(f"left out {reason}")
+        say_if_unsealed(Path(directory, name), say)
+        return Path(directory, name)
     if reasons:
         raise ValueError(f"{directory}: no checkpoint in it is whole: {'; '.join(reasons)}")
     return None

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 
 from heiretsu.parallel.collectives import gather_objects
-from heiretsu.parallel.mesh import Mesh
+from heiretsu.parallel.mesh import Axis, Mesh
 
 FORMAT = 2
 UNSEALED_FORMAT = 1  # of earlier versions: without checksums, so that only missing and cut files show
@@ -57,6 +58,15 @@ def read_run(path: str | os.PathLike) -> dict[str, Any]:
         _check_unsealed(path)
     _check_run(path, run)
     return run
+
+
+def problem(check: Callable[..., object], *arguments) -> str:
+    """What a check raises ValueError for, in words; "" if for nothing."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def is_sealed(path: Path) -> bool:
@@ -102,38 +112,25 @@ def verify(path: str | os.PathLike, mesh: Mesh | None = None) -> None:
     With a mesh, all ranks call it; each reads a share of the files, and all raise alike. A checkpoint of an earlier
     version has no checksums: it passes if its files are there and long enough.
     """
-    ranks = mesh.world.size if mesh else 1
-    found = [_damage(Path(path), mesh.rank if mesh else 0, ranks)]
-    if ranks > 1:
-        found = gather_objects(found[0], mesh.world)
-    for rank, why in enumerate(found):
+    world = mesh.world if mesh else Axis("world")
+    for rank, why in enumerate(gather_objects(problem(_check_share, Path(path), world), world)):
         if why:
             raise ValueError(why if rank == 0 else f"{why} (seen by rank {rank})")
 
 
-def _damage(path: Path, rank: int, ranks: int) -> str | None:
-    """What this rank finds wrong. The files are dealt out by size, so that each is read once."""
-    try:
-        read_run(path)
-        files = read_seal(path) if is_sealed(path) else {}
-    except ValueError as error:
-        return str(error)
-    loads, mine = [0] * ranks, []
+def _check_share(path: Path, world: Axis) -> None:
+    """What this rank verifies. The files are dealt out by size, so that each is read once."""
+    read_run(path)
+    files = read_seal(path) if is_sealed(path) else {}
+    loads, mine = [0] * world.size, []
     for name in sorted(files, key=lambda name: (-files[name]["bytes"], name)):
         lightest = loads.index(min(loads))
         loads[lightest] += files[name]["bytes"]
-        if lightest == rank:
+        if lightest == world.index:
             mine.append(name)
-
-    def check(name: str) -> str | None:
-        try:
-            _check_digest(path, name, files)
-        except ValueError as error:
-            return str(error)
-        return None
-
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        return next(filter(None, threads.map(check, mine)), None)
+        for _ in threads.map(lambda name: _check_digest(path, name, files), mine):
+            pass
 
 
 def write_json(file: Path, content: dict) -> None:

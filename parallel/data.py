@@ -8,7 +8,7 @@ microbatches. Which axis a gradient is summed over, and its divisor, are the pla
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ class _Bucket:
     flat: torch.Tensor
     names: list[str]
     waiting: int = 0
-    work: dist.Work | None = field(default=None)
+    work: dist.Work | None = None
 
 
 class GradientAverager:

@@ -18,7 +18,7 @@ from heiretsu.parallel.metrics import Totals, exchange
 from heiretsu.parallel.pipeline import Microbatch, Stage, run_schedule
 from heiretsu.parallel.profiling import region
 from heiretsu.parallel.schedules import forward_only, lower, validate
-from heiretsu.parallel.schedules.actions import Action, Schedule
+from heiretsu.parallel.schedules.actions import Schedule
 from heiretsu.parallel.updater import Updater
 
 Metrics = dict[str, Any]  # by name: a float, or a numpy array of the metric's shape
@@ -43,10 +43,6 @@ class StepReport:
     notes: tuple[int, ...] = (0,)
 
 
-def no_note() -> int:
-    return 0
-
-
 class Engine:
     """A model's stages on this rank, with all that turns microbatches into a step.
 
@@ -64,7 +60,7 @@ class Engine:
         validate(program)
         self.actions = program[mesh.pp.index]
         self.num_microbatches = 1 + max(action.microbatch for action in self.actions)
-        self.note: Callable[[], int] = no_note
+        self.note: Callable[[], int] = lambda: 0
 
     def accumulate(self, batches: Sequence[Microbatch]) -> Totals:
         """Forward and backward of all microbatches. Gradients are then global means, times the loss scale."""
@@ -72,7 +68,7 @@ class Engine:
         for stage in self.stages:
             stage.train()
         self.updater.prepare(self.num_microbatches)
-        totals = self._run(self.actions, batches, self.updater.scaler.scale)
+        totals = run_schedule(self.actions, self.stages, batches, self.mesh, self.updater.scaler.scale)
         with region("average gradients"):
             self.updater.reduce()
         return totals
@@ -124,12 +120,9 @@ class Engine:
             stage.eval()
         actions = lower(forward_only(self.mesh.pp.size, len(batches), len(self.stages)))[self.mesh.pp.index]
         with region("evaluation"):
-            totals = self._run(actions, batches, 1.0)
+            totals = run_schedule(actions, self.stages, batches, self.mesh)
             sums, _ = exchange(totals.shares(len(batches), self.mesh), (), self.mesh.world)
         return self._shaped(sums)
-
-    def _run(self, actions: Sequence[Action], batches: Sequence[Microbatch], loss_scale: float) -> Totals:
-        return run_schedule(actions, self.stages, batches, self.mesh, loss_scale)
 
     def _shaped(self, flat: Sequence[Sequence[float]]) -> Metrics:
         metrics: Metrics = {}

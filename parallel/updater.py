@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from heiretsu.parallel.data import BUCKET_BYTES, GradientAverager
+from heiretsu.parallel.data import GradientAverager
 from heiretsu.parallel.metrics import widened
 from heiretsu.parallel.placement import Piece, Table
 
@@ -58,10 +58,9 @@ class Updater:
         make_optimizer: MakeOptimizer,
         grad_clip: float = 0.0,
         scaler: LossScaler | None = None,
-        bucket_bytes: int = BUCKET_BYTES,
     ):
         self.params, self.table, self.grad_clip, self.scaler = params, table, grad_clip, scaler or LossScaler()
-        self.averager = GradientAverager(params, table, bucket_bytes)
+        self.averager = GradientAverager(params, table)
         self.optimizer = make_optimizer(optimizer_groups(params, table))
         self.steps = 0
         device = next(iter(params.values())).device

@@ -12,38 +12,25 @@ from typing import NamedTuple
 
 
 class Kind(enum.Enum):
-    """What an action does; the value is its letter in drawings and messages."""
+    """What an action does: its letter in drawings and messages, and its words."""
 
-    FORWARD = "F"
-    BACKWARD = "B"  # gradients of input and weights together
-    BACKWARD_INPUT = "I"
-    BACKWARD_WEIGHT = "W"
-    SEND_FORWARD = "send F"  # the output of stage s, to s + 1
-    RECV_FORWARD = "recv F"
-    SEND_BACKWARD = "send B"  # the gradient of s's input, to s - 1
-    RECV_BACKWARD = "recv B"
+    FORWARD = "F", "forward"
+    BACKWARD = "B", "backward"  # gradients of input and weights together
+    BACKWARD_INPUT = "I", "input gradient"
+    BACKWARD_WEIGHT = "W", "weight gradient"
+    SEND_FORWARD = "send F", "send of activations"  # the output of stage s, to s + 1
+    RECV_FORWARD = "recv F", "receive of activations"
+    SEND_BACKWARD = "send B", "send of gradients"  # the gradient of s's input, to s - 1
+    RECV_BACKWARD = "recv B", "receive of gradients"
 
+    def __init__(self, letter: str, words: str):
+        self.letter, self.words = letter, words
 
-_WORDS = {
-    Kind.FORWARD: "forward",
-    Kind.BACKWARD: "backward",
-    Kind.BACKWARD_INPUT: "input gradient",
-    Kind.BACKWARD_WEIGHT: "weight gradient",
-    Kind.SEND_FORWARD: "send of activations",
-    Kind.RECV_FORWARD: "receive of activations",
-    Kind.SEND_BACKWARD: "send of gradients",
-    Kind.RECV_BACKWARD: "receive of gradients",
-}
-
-FORWARD, BACKWARD = Kind.FORWARD, Kind.BACKWARD
-BACKWARD_INPUT, BACKWARD_WEIGHT = Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
-SEND_FORWARD, RECV_FORWARD = Kind.SEND_FORWARD, Kind.RECV_FORWARD
-SEND_BACKWARD, RECV_BACKWARD = Kind.SEND_BACKWARD, Kind.RECV_BACKWARD
 
 # The receive that answers each send, and which of a stage's neighbours is at the other end.
-ANSWER = {SEND_FORWARD: RECV_FORWARD, SEND_BACKWARD: RECV_BACKWARD}
+ANSWER = {Kind.SEND_FORWARD: Kind.RECV_FORWARD, Kind.SEND_BACKWARD: Kind.RECV_BACKWARD}
 RECEIVES = tuple(ANSWER.values())
-NEIGHBOUR = {SEND_FORWARD: +1, RECV_BACKWARD: +1, RECV_FORWARD: -1, SEND_BACKWARD: -1}
+NEIGHBOUR = {Kind.SEND_FORWARD: +1, Kind.RECV_BACKWARD: +1, Kind.RECV_FORWARD: -1, Kind.SEND_BACKWARD: -1}
 
 
 class Action(NamedTuple):
@@ -55,12 +42,12 @@ class Action(NamedTuple):
     stage: int
 
     def __str__(self) -> str:
-        return f"{self.kind.value}{self.microbatch}.{self.stage}"
+        return f"{self.kind.letter}{self.microbatch}.{self.stage}"
 
     @property
     def words(self) -> str:
         """Spelt out, for messages: "backward of microbatch 3 in stage 1"."""
-        return f"{_WORDS[self.kind]} of microbatch {self.microbatch} in stage {self.stage}"
+        return f"{self.kind.words} of microbatch {self.microbatch} in stage {self.stage}"
 
 
 Schedule = list[list[Action]]  # [rank][step]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from heiretsu.parallel.schedules.actions import BACKWARD, FORWARD, Action, Kind, Schedule
+from heiretsu.parallel.schedules.actions import Action, Kind, Schedule
 from heiretsu.parallel.schedules.one_f_one_b import alternate
 from heiretsu.parallel.schedules.registry import schedule
 
@@ -18,8 +18,8 @@ def interleaved_1f1b(num_ranks: int, num_microbatches: int, stages_per_rank: int
     result = []
     for rank in range(num_ranks):
         stages = range(rank, num_ranks * stages_per_rank, num_ranks)
-        forwards = in_groups(FORWARD, stages, num_ranks, num_microbatches)
-        backwards = in_groups(BACKWARD, reversed(stages), num_ranks, num_microbatches)
+        forwards = in_groups(Kind.FORWARD, stages, num_ranks, num_microbatches)
+        backwards = in_groups(Kind.BACKWARD, reversed(stages), num_ranks, num_microbatches)
         warmup = num_ranks - rank - 1
         if stages_per_rank > 1:
             warmup = 2 * warmup + (stages_per_rank - 1) * num_ranks

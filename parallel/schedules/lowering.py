@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from heiretsu.parallel.schedules.actions import (
-    BACKWARD_WEIGHT,
-    FORWARD,
-    RECV_BACKWARD,
-    RECV_FORWARD,
-    SEND_BACKWARD,
-    SEND_FORWARD,
-    Action,
-    Schedule,
-    num_stages,
-)
+from heiretsu.parallel.schedules.actions import Action, Kind, Schedule, num_stages
 
 
 def lower(schedule: Schedule) -> Schedule:
@@ -35,13 +25,13 @@ def lower(schedule: Schedule) -> Schedule:
 def messages(action: Action, num_ranks: int, last_stage: int) -> tuple[list[Action], list[Action]]:
     """What a compute action receives before and sends after."""
     kind, microbatch, stage = action
-    if num_ranks == 1 or kind is BACKWARD_WEIGHT:
+    if num_ranks == 1 or kind is Kind.BACKWARD_WEIGHT:
         return [], []
     upstream, downstream = stage > 0, stage < last_stage  # is there a stage before, and one after?
-    if kind is FORWARD:
-        before, after = (RECV_FORWARD, upstream), (SEND_FORWARD, downstream)
+    if kind is Kind.FORWARD:
+        before, after = (Kind.RECV_FORWARD, upstream), (Kind.SEND_FORWARD, downstream)
     else:
-        before, after = (RECV_BACKWARD, downstream), (SEND_BACKWARD, upstream)
+        before, after = (Kind.RECV_BACKWARD, downstream), (Kind.SEND_BACKWARD, upstream)
 
     def one_or_none(message, there: bool) -> list[Action]:
         return [Action(message, microbatch, stage)] if there else []

@@ -1,6 +1,6 @@
 """1F1B: one forward, one backward (Narayanan et al. 2019, PipeDream-Flush, arXiv:2006.09503, section 2.2)."""
 
-from heiretsu.parallel.schedules.actions import BACKWARD, FORWARD, Action, Schedule
+from heiretsu.parallel.schedules.actions import Action, Kind, Schedule
 from heiretsu.parallel.schedules.registry import schedule
 
 
@@ -10,8 +10,8 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
     num_ranks - r microbatches."""
     result = []
     for rank in range(num_ranks):
-        forwards = [Action(FORWARD, i, rank) for i in range(num_microbatches)]
-        backwards = [Action(BACKWARD, i, rank) for i in range(num_microbatches)]
+        forwards = [Action(Kind.FORWARD, i, rank) for i in range(num_microbatches)]
+        backwards = [Action(Kind.BACKWARD, i, rank) for i in range(num_microbatches)]
         result.append(alternate(forwards, backwards, warmup=num_ranks - rank - 1))
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from heiretsu.parallel.schedules.actions import BACKWARD_INPUT, Schedule
+from heiretsu.parallel.schedules.actions import Kind, Schedule
 
 SCHEDULES: dict[str, PipelineSchedule] = {}  # filled while the folder is imported, once; read only after that
 
@@ -30,7 +30,7 @@ class PipelineSchedule:
     @property
     def splits_backward(self) -> bool:
         """Whether the gradients of input and weights are two actions: the executor does not run these yet."""
-        return any(action.kind is BACKWARD_INPUT for actions in self(2, 2) for action in actions)
+        return any(action.kind is Kind.BACKWARD_INPUT for actions in self(2, 2) for action in actions)
 
 
 def schedule(name: str, several_stages: bool = False) -> Callable[[Callable[..., Schedule]], PipelineSchedule]:

@@ -5,21 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from heiretsu.parallel.schedules.actions import (
-    ANSWER,
-    BACKWARD,
-    BACKWARD_INPUT,
-    BACKWARD_WEIGHT,
-    FORWARD,
-    RECEIVES,
-    Action,
-    Schedule,
-    num_stages,
-    peer,
-)
+from heiretsu.parallel.schedules.actions import ANSWER, RECEIVES, Action, Kind, Schedule, num_stages, peer
 from heiretsu.parallel.schedules.playing import answer, play
 
-_FREES = (BACKWARD, BACKWARD_WEIGHT)  # the actions after which a forward's activations are no longer held
+_FREES = (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)  # the actions after which a forward's activations are no longer held
 
 
 class Span(NamedTuple):
@@ -53,8 +42,8 @@ class Timeline:
 def simulate(program: Schedule, forward_cost: float, backward_cost: float, comm_cost: float = 0.0) -> Timeline:
     """Run a lowered program against a clock. Costs are in any one unit: of one microbatch through one stage (input and
     weight gradient take half of backward_cost each), and of one message, which its sender does not wait for."""
-    cost = {FORWARD: forward_cost, BACKWARD: backward_cost}
-    cost |= {BACKWARD_INPUT: backward_cost / 2, BACKWARD_WEIGHT: backward_cost / 2}
+    cost = {Kind.FORWARD: forward_cost, Kind.BACKWARD: backward_cost}
+    cost |= {Kind.BACKWARD_INPUT: backward_cost / 2, Kind.BACKWARD_WEIGHT: backward_cost / 2}
     num_ranks = len(program)
     clock = [0.0] * num_ranks
     spans: list[list[Span]] = [[] for _ in program]
@@ -68,7 +57,7 @@ def simulate(program: Schedule, forward_cost: float, backward_cost: float, comm_
         else:
             spans[rank].append(Span(action, clock[rank], clock[rank] + cost[action.kind]))
             clock[rank] = spans[rank][-1].end
-            live[rank] += (action.kind is FORWARD) - (action.kind in _FREES)
+            live[rank] += (action.kind is Kind.FORWARD) - (action.kind in _FREES)
             peak[rank] = max(peak[rank], live[rank])
     return Timeline(spans, peak)
 
@@ -80,7 +69,7 @@ def draw(timeline: Timeline) -> str:
     """
 
     def label(action: Action) -> str:
-        return f"{action.kind.value}{action.microbatch}" if timeline.stages_per_rank == 1 else str(action)
+        return f"{action.kind.letter}{action.microbatch}" if timeline.stages_per_rank == 1 else str(action)
 
     shortest = min(span.end - span.start for spans in timeline.spans for span in spans)
     width = 1 + max(len(label(span.action)) for spans in timeline.spans for span in spans)

@@ -1,6 +1,6 @@
 """ZB-H1: 1F1B with backward split in two (Qi et al. 2023, arXiv:2401.10241, section 2.1)."""
 
-from heiretsu.parallel.schedules.actions import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Action, Schedule
+from heiretsu.parallel.schedules.actions import Action, Kind, Schedule
 from heiretsu.parallel.schedules.one_f_one_b import alternate
 from heiretsu.parallel.schedules.registry import schedule
 
@@ -11,13 +11,13 @@ def zero_bubble(num_ranks: int, num_microbatches: int) -> Schedule:
     that no rank holds more than num_ranks activations, which is what 1F1B needs on rank 0."""
     result = []
     for rank in range(num_ranks):
-        forwards = [Action(FORWARD, i, rank) for i in range(num_microbatches)]
-        inputs = [Action(BACKWARD_INPUT, i, rank) for i in range(num_microbatches)]
+        forwards = [Action(Kind.FORWARD, i, rank) for i in range(num_microbatches)]
+        inputs = [Action(Kind.BACKWARD_INPUT, i, rank) for i in range(num_microbatches)]
         actions = []
         for action in alternate(forwards, inputs, warmup=num_ranks - rank - 1):
             actions.append(action)
-            if action.kind is BACKWARD_INPUT and action.microbatch >= rank:
-                actions.append(Action(BACKWARD_WEIGHT, action.microbatch - rank, rank))
+            if action.kind is Kind.BACKWARD_INPUT and action.microbatch >= rank:
+                actions.append(Action(Kind.BACKWARD_WEIGHT, action.microbatch - rank, rank))
         late = range(max(num_microbatches - rank, 0), num_microbatches)
-        result.append(actions + [Action(BACKWARD_WEIGHT, i, rank) for i in late])
+        result.append(actions + [Action(Kind.BACKWARD_WEIGHT, i, rank) for i in late])
     return result

@@ -11,21 +11,11 @@ from hypothesis import strategies as st
 
 from heiretsu.parallel import schedules
 from heiretsu.parallel.schedules import SCHEDULES, draw, forward_only, lower, simulate, validate
-from heiretsu.parallel.schedules.actions import (
-    BACKWARD,
-    BACKWARD_INPUT,
-    BACKWARD_WEIGHT,
-    FORWARD,
-    RECV_BACKWARD,
-    RECV_FORWARD,
-    SEND_BACKWARD,
-    SEND_FORWARD,
-    Action,
-    peer,
-)
+from heiretsu.parallel.schedules.actions import Action, Kind, peer
 from heiretsu.parallel.schedules.gpipe import gpipe
 from heiretsu.parallel.schedules.interleaved import interleaved_1f1b
 from heiretsu.parallel.schedules.one_f_one_b import one_f_one_b
+from heiretsu.parallel.schedules.playing import play
 from heiretsu.parallel.schedules.zero_bubble import zero_bubble
 
 SIZES = [(p, m) for p in range(1, 7) for m in (1, 2, 3, 5, 8, 12)]
@@ -44,7 +34,11 @@ def test_every_schedule_is_valid_for_every_size(name, p, m, stages):
 
 @given(p=RANKS, m=MICROBATCHES, stages=st.integers(1, 4))
 def test_evaluation_runs_every_forward(p, m, stages):
-    validate(lower(forward_only(p, m, stages)), backward=False)
+    whole = lower(SCHEDULES["interleaved"](p, m, stages))  # which is validated above
+    kinds = (Kind.RECV_FORWARD, Kind.FORWARD, Kind.SEND_FORWARD)
+    forwards = [[action for action in actions if action.kind in kinds] for actions in whole]
+    assert lower(forward_only(p, m, stages)) == forwards
+    assert len(list(play(forwards))) == sum(map(len, forwards))
 
 
 @pytest.mark.parametrize("schedule", [gpipe, one_f_one_b])
@@ -79,7 +73,7 @@ def test_zero_bubble_leaves_only_what_the_weight_gradients_cannot_fill():
 @given(p=RANKS, m=MICROBATCHES)
 def test_1f1b_warms_up_with_as_many_forwards_as_ranks_follow(p, m):
     for rank, actions in enumerate(one_f_one_b(p, m)):
-        before_first_backward = next(i for i, action in enumerate(actions) if action.kind is BACKWARD)
+        before_first_backward = next(i for i, action in enumerate(actions) if action.kind is Kind.BACKWARD)
         warmup = min(p - rank - 1, m)
         assert before_first_backward == min(warmup + 1, m)
 
@@ -99,17 +93,17 @@ def test_messages_cost_time_only_to_those_who_wait():
 
 
 def test_lowering_two_ranks_by_hand():
-    forwards, backwards = ([Action(kind, 0, stage) for stage in (0, 1)] for kind in (FORWARD, BACKWARD))
+    forwards, backwards = ([Action(kind, 0, stage) for stage in (0, 1)] for kind in (Kind.FORWARD, Kind.BACKWARD))
     assert lower(gpipe(2, 1)) == [
-        [forwards[0], Action(SEND_FORWARD, 0, 0), Action(RECV_BACKWARD, 0, 0), backwards[0]],
-        [Action(RECV_FORWARD, 0, 1), forwards[1], backwards[1], Action(SEND_BACKWARD, 0, 1)],
+        [forwards[0], Action(Kind.SEND_FORWARD, 0, 0), Action(Kind.RECV_BACKWARD, 0, 0), backwards[0]],
+        [Action(Kind.RECV_FORWARD, 0, 1), forwards[1], backwards[1], Action(Kind.SEND_BACKWARD, 0, 1)],
     ]
 
 
 def test_the_gradient_leaves_before_the_weights_wait_for_theirs():
     last = lower(zero_bubble(2, 1))[1]
     kinds = [action.kind for action in last]
-    assert kinds == [RECV_FORWARD, FORWARD, BACKWARD_INPUT, SEND_BACKWARD, BACKWARD_WEIGHT]
+    assert kinds == [Kind.RECV_FORWARD, Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.SEND_BACKWARD, Kind.BACKWARD_WEIGHT]
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
@@ -119,10 +113,10 @@ def test_one_rank_neither_sends_nor_receives(name):
 
 
 def test_the_ring_closes_between_the_stages_of_a_rank():
-    assert peer(SEND_FORWARD, 3, 4) == 0 and peer(RECV_FORWARD, 0, 4) == 3
-    assert peer(SEND_BACKWARD, 0, 4) == 3 and peer(RECV_BACKWARD, 3, 4) == 0
+    assert peer(Kind.SEND_FORWARD, 3, 4) == 0 and peer(Kind.RECV_FORWARD, 0, 4) == 3
+    assert peer(Kind.SEND_BACKWARD, 0, 4) == 3 and peer(Kind.RECV_BACKWARD, 3, 4) == 0
     first_rank = lower(interleaved_1f1b(2, 2, 2))[0]
-    assert Action(RECV_FORWARD, 0, 2) in first_rank and Action(RECV_FORWARD, 0, 0) not in first_rank
+    assert Action(Kind.RECV_FORWARD, 0, 2) in first_rank and Action(Kind.RECV_FORWARD, 0, 0) not in first_rank
 
 
 # What validate is for: each of these programs has one fault.
@@ -140,35 +134,35 @@ def swap(program, rank, first, second):
 
 FAULTS = {
     "a forward is missing": (
-        lambda program: drop(program, 1, Action(FORWARD, 2, 1)),
+        lambda program: drop(program, 1, Action(Kind.FORWARD, 2, 1)),
         "rank 1: F2.1 occurs 0 times",
     ),
     "a backward runs twice": (
-        lambda program: program[0].append(Action(BACKWARD, 3, 0)),
+        lambda program: program[0].append(Action(Kind.BACKWARD, 3, 0)),
         "rank 0: B3.0 occurs 2 times",
     ),
     "a send is missing": (
-        lambda program: drop(program, 0, Action(SEND_FORWARD, 1, 0)),
+        lambda program: drop(program, 0, Action(Kind.SEND_FORWARD, 1, 0)),
         "rank 0: send F1.0 occurs 0 times",
     ),
     "a receive for nothing": (
-        lambda program: program[0].insert(0, Action(RECV_FORWARD, 0, 0)),
+        lambda program: program[0].insert(0, Action(Kind.RECV_FORWARD, 0, 0)),
         "rank 0: recv F0.0 occurs 1 times, not 0",
     ),
     "backward before its forward": (
-        lambda program: swap(program, 2, Action(FORWARD, 3, 2), Action(BACKWARD, 3, 2)),
+        lambda program: swap(program, 2, Action(Kind.FORWARD, 3, 2), Action(Kind.BACKWARD, 3, 2)),
         "rank 2, step .*: B3.2 comes before F3.2",
     ),
     "sent before it is made": (
-        lambda program: swap(program, 0, Action(FORWARD, 0, 0), Action(SEND_FORWARD, 0, 0)),
+        lambda program: swap(program, 0, Action(Kind.FORWARD, 0, 0), Action(Kind.SEND_FORWARD, 0, 0)),
         "rank 0, step 0: send F0.0 comes before F0.0",
     ),
     "used before it is received": (
-        lambda program: swap(program, 1, Action(FORWARD, 0, 1), Action(RECV_FORWARD, 0, 1)),
+        lambda program: swap(program, 1, Action(Kind.FORWARD, 0, 1), Action(Kind.RECV_FORWARD, 0, 1)),
         "rank 1, step 0: F0.1 comes before recv F0.1",
     ),
     "sends overtake each other": (
-        lambda program: swap(program, 0, Action(SEND_FORWARD, 0, 0), Action(SEND_FORWARD, 1, 0)),
+        lambda program: swap(program, 0, Action(Kind.SEND_FORWARD, 0, 0), Action(Kind.SEND_FORWARD, 1, 0)),
         "rank 0, step .*: send F1.0 comes before F1.0",
     ),
 }
@@ -186,15 +180,15 @@ def test_a_corrupted_program_is_refused(fault):
 
 def test_gradients_added_in_another_order_are_refused():
     program = lower(zero_bubble(3, 4))
-    swap(program, 2, Action(BACKWARD_WEIGHT, 2, 2), Action(BACKWARD_WEIGHT, 3, 2))
+    swap(program, 2, Action(Kind.BACKWARD_WEIGHT, 2, 2), Action(Kind.BACKWARD_WEIGHT, 3, 2))
     with pytest.raises(ValueError, match="rank 2, step .*: W3.2 comes before W2.2"):
         validate(program)
 
 
 def test_messages_in_another_order_than_they_are_taken_are_refused():
     program = lower(gpipe(2, 2))
-    sends = [action for action in program[0] if action.kind is SEND_FORWARD]
-    program[0] = [action for action in program[0] if action.kind is not SEND_FORWARD]
+    sends = [action for action in program[0] if action.kind is Kind.SEND_FORWARD]
+    program[0] = [action for action in program[0] if action.kind is not Kind.SEND_FORWARD]
     program[0][2:2] = reversed(sends)
     with pytest.raises(ValueError, match="rank 1, step 0: recv F0.1 would take recv F1.1"):
         validate(program)
@@ -213,7 +207,7 @@ def test_a_program_of_nothing_is_complete():
 
 def test_backward_halves_must_both_run():
     program = lower(zero_bubble(2, 2))
-    drop(program, 0, Action(BACKWARD_WEIGHT, 1, 0))
+    drop(program, 0, Action(Kind.BACKWARD_WEIGHT, 1, 0))
     with pytest.raises(ValueError, match="rank 0: W1.0 occurs 0 times"):
         validate(program)
 
@@ -270,12 +264,12 @@ print(parse_args(["--pp", "3", "--schedule", "one-at-a-time"], world_size=3).sch
 
 
 ONE_AT_A_TIME = '''
-from heiretsu.parallel.schedules.actions import BACKWARD, FORWARD, Action
+from heiretsu.parallel.schedules.actions import Action, Kind
 from heiretsu.parallel.schedules.registry import schedule
 
 @schedule("one-at-a-time")
 def one_at_a_time(num_ranks, num_microbatches):
     """Forward and backward of a microbatch before the next one."""
     one = range(num_microbatches)
-    return [[Action(kind, i, rank) for i in one for kind in (FORWARD, BACKWARD)] for rank in range(num_ranks)]
+    return [[Action(kind, i, rank) for i in one for kind in (Kind.FORWARD, Kind.BACKWARD)] for rank in range(num_ranks)]
 '''
