@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 from heiretsu.parallel.checkpoint_seal import (
@@ -129,9 +130,7 @@ def set_aside(directory: str | os.PathLike, first_step: int, run_id: str) -> tup
     foreign = [path for path in checkpoints(directory) if step_of(path) > first_step or _is_of_another(path, run_id)]
     if not foreign:
         return [], None
-    number = 1
-    while (into := Path(directory) / f"set_aside_{number}").exists():
-        number += 1
+    into = next(path for number in count(1) if not (path := Path(directory, f"set_aside_{number}")).exists())
     into.mkdir()
     for path in foreign:
         os.replace(path, into / path.name)

@@ -85,8 +85,7 @@ def fingerprint(file: Path) -> dict[str, Any]:
 
 def read_seal(path: Path) -> dict[str, dict[str, Any]]:
     """{file name: its fingerprint} as a save sealed it. ValueError if it is missing or is itself not as written."""
-    if not is_sealed(path):
-        raise ValueError(f"{path}: not a complete checkpoint: {SEAL} missing")
+    _size_of(path, SEAL)
     seal = read_json(path / SEAL)
     files = seal.get("files")
     if not isinstance(files, dict) or seal.get("sha256") != _digest_of(files):
@@ -164,12 +163,16 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _size_of(path: Path, name: str) -> int:
+    """ValueError where there is no such file."""
+    if not (path / name).is_file():
+        raise ValueError(f"{path}: not a complete checkpoint: {name} missing")
+    return (path / name).stat().st_size
+
+
 def _check_sizes(path: Path, sealed: dict[str, dict[str, Any]]) -> None:
     for name, expected in sealed.items():
-        if not (path / name).is_file():
-            raise ValueError(f"{path}: not a complete checkpoint: {name} missing")
-        size = (path / name).stat().st_size
-        if size != expected["bytes"]:
+        if (size := _size_of(path, name)) != expected["bytes"]:
             raise ValueError(f"{path}: {name} has {size} bytes, not the {expected['bytes']} that were written: damaged")
 
 
@@ -192,10 +195,8 @@ def _check_unsealed(path: Path) -> None:
     except Exception as error:  # whatever a damaged pickle makes Python do
         raise ValueError(f"{path}: .metadata cannot be read ({brief(error)}): damaged") from error
     for name, end in sorted(ends.items()):
-        if not (path / name).is_file():
-            raise ValueError(f"{path}: not a complete checkpoint: {name} missing")
-        if (path / name).stat().st_size < end:
-            raise ValueError(f"{path}: {name} has {(path / name).stat().st_size} bytes, not {end}: damaged")
+        if (size := _size_of(path, name)) < end:
+            raise ValueError(f"{path}: {name} has {size} bytes, not {end}: damaged")
 
 
 def _check_run(path: Path, run: dict[str, Any]) -> None:

@@ -37,19 +37,15 @@ class GradientAverager:
         self.buckets: list[_Bucket] = []
         self._bucket_of: dict[str, _Bucket] = {}
         for names in _group(params, table, bucket_bytes):
-            self._fill(names)
+            sizes = [params[name].numel() for name in names]
+            bucket = _Bucket(table[names[0]].reduce_axis, params[names[0]].new_zeros(sum(sizes)), names)
+            self.buckets.append(bucket)
+            for name, part in zip(names, bucket.flat.split(sizes), strict=True):
+                params[name].grad = part.view_as(params[name])
+                self._bucket_of[name] = bucket
         self._due: dict[str, int] = {}
         for name, param in params.items():
             param.register_post_accumulate_grad_hook(_hook(weakref.ref(self), name))
-
-    def _fill(self, names: list[str]) -> None:
-        first = self.params[names[0]]
-        size = sum(self.params[name].numel() for name in names)
-        bucket = _Bucket(self.table[names[0]].reduce_axis, first.new_zeros(size), names)
-        self.buckets.append(bucket)
-        for name, part in zip(names, bucket.flat.split([self.params[n].numel() for n in names]), strict=True):
-            self.params[name].grad = part.view_as(self.params[name])
-            self._bucket_of[name] = bucket
 
     def _accumulated(self, name: str) -> None:
         if name not in self._due:
@@ -118,15 +114,12 @@ def _group(params: dict[str, torch.nn.Parameter], table: Table, bucket_bytes: in
     bottom.
     """
 
-    def is_shared(name: str) -> bool:
-        return table[name].spec.shared_over is not None
-
     def kind(place: Placement):
         return place.spec.shared_over, place.reduce_axis.name, place.divisor
 
     buckets: list[list[str]] = []
     filling: dict[tuple, list[str]] = {}
-    for name in sorted(reversed(params), key=is_shared):
+    for name in sorted(reversed(params), key=lambda name: table[name].spec.shared_over is not None):
         bucket = filling.setdefault(kind(table[name]), [])
         bucket.append(name)
         if sum(params[n].numel() * params[n].element_size() for n in bucket) >= bucket_bytes:

@@ -145,18 +145,17 @@ def abstract_mesh(dp=1, ep=1, pp=1, tp=1, rank: int = 0, device: str | torch.dev
         picked = grid[tuple(slice(None) if axis in over else at[axis] for axis in AXIS_NAMES)].flatten().tolist()
         return Axis(name, len(picked), picked.index(rank), tuple(picked))
 
-    column = line("pp", ("pp",))
+    axes = {name: line(name, (name,)) for name in AXIS_NAMES}
+    column = axes["pp"]
     ends = Axis("ends", ranks=(rank,))
     if column.size > 1 and column.index in (0, column.size - 1):
         ends = Axis("ends", 2, int(column.index > 0), (column.ranks[0], column.ranks[-1]))
     return Mesh(
-        dp=line("dp", ("dp",)),
-        ep=line("ep", ("ep",)),
-        pp=column,
-        tp=line("tp", ("tp",)),
+        **axes,
         joint={names: line(name, names) for names, name in JOINT_AXES.items()},
         ends=ends,
         pp_back=line("pp_back", ("pp",)),
         world=line("world", AXIS_NAMES),
         device=torch.device(device),
+        device_mesh=None,
     )

@@ -28,12 +28,10 @@ def messages(action: Action, num_ranks: int, last_stage: int) -> tuple[list[Acti
     if num_ranks == 1 or kind is Kind.BACKWARD_WEIGHT:
         return [], []
     upstream, downstream = stage > 0, stage < last_stage  # is there a stage before, and one after?
-    if kind is Kind.FORWARD:
-        before, after = (Kind.RECV_FORWARD, upstream), (Kind.SEND_FORWARD, downstream)
-    else:
-        before, after = (Kind.RECV_BACKWARD, downstream), (Kind.SEND_BACKWARD, upstream)
 
-    def one_or_none(message, there: bool) -> list[Action]:
+    def one_or_none(message: Kind, there: bool) -> list[Action]:
         return [Action(message, microbatch, stage)] if there else []
 
-    return one_or_none(*before), one_or_none(*after)
+    if kind is Kind.FORWARD:
+        return one_or_none(Kind.RECV_FORWARD, upstream), one_or_none(Kind.SEND_FORWARD, downstream)
+    return one_or_none(Kind.RECV_BACKWARD, downstream), one_or_none(Kind.SEND_BACKWARD, upstream)
