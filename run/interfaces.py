@@ -17,7 +17,7 @@ SIOCGIFADDR = int.from_bytes(b"\x89\x15", "big")
 def interfaces() -> dict[str, list[str]]:
     """The addresses of each of this machine's interfaces that has one; those of a link alone (fe80::) left out."""
     found: dict[str, list[str]] = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+    with socket.socket(type=socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # it has no IPv4 address
                 answer = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
@@ -78,8 +78,9 @@ def use_interface(backend: str, environment: MutableMapping[str, str]) -> None:
 
 def _asks_for(asked: str, name: str, exact: bool) -> bool:
     """Whether a list of names means this interface. NCCL's are prefixes; a leading = makes them exact, ^ excludes."""
-    excluding, wanted = asked.startswith("^"), asked.lstrip("^=").split(",")
-    matching = name in wanted if exact or asked.lstrip("^").startswith("=") else name.startswith(tuple(wanted))
+    excluding, asked = asked.startswith("^"), asked.removeprefix("^")
+    exact, wanted = exact or asked.startswith("="), asked.removeprefix("=").split(",")
+    matching = name in wanted if exact else name.startswith(tuple(wanted))
     return matching != excluding
 
 
