@@ -38,7 +38,7 @@ class Node:
     problem: str | None = None
 
 
-def meet(nnodes: int, rank: int, address: str, port: int, wait_s: float = WAIT_S) -> str | None:
+def meet(nnodes: int, rank: int, address: str, port: int, wait_s: float) -> str | None:
     """Node `rank` meets the others at node 0, which is at address:port. All nodes call it.
 
     Returns in one line what went wrong, on all nodes that came; None if nothing did. Sets GLOO_SOCKET_IFNAME for this
@@ -74,11 +74,12 @@ def _gather(door: socket.socket, nnodes: int, deadline: float) -> tuple[list[Lin
     for line, message in arrivals(door, deadline):
         try:
             node = Node(**(message or {}))
+            among_them = 0 <= node.rank < nnodes
         except TypeError:
             continue  # not one of ours
         lines.append(line)
         problem = node.problem
-        if not 0 <= node.rank < nnodes:
+        if not among_them:
             problem = f"host {node.name} has --node_rank {node.rank}: of {nnodes} it is 0 to {nnodes - 1}"
         elif node.rank in names:
             problem = f"hosts {names[node.rank]} and {node.name} both have --node_rank {node.rank}"
