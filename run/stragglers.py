@@ -18,12 +18,12 @@ class Stragglers:
         self.meshes = [abstract_mesh(dp, ep, pp, tp, rank) for rank in range(mesh.world.size)]
         stages = [[m.rank for m in self.meshes if m.pp.index == stage] for stage in range(mesh.pp.size)]
         self.peers = [stages[m.pp.index] if len(stages[0]) > 1 else list(mesh.world.ranks) for m in self.meshes]
-        self.suspect, self.count, self.line = -1, 0, ""
+        self.suspect = self.count = 0
 
     def update(self, compute_s: Sequence[float]) -> dict[str, float]:
         """A step's times by rank. Returns what the log gets; `line` names a rank that has long been slow, if any."""
         medians = [statistics.median_low([compute_s[peer] for peer in peers]) for peers in self.peers]
-        ratios = [own / max(median, 1e-9) for own, median in zip(compute_s, medians, strict=True)]
+        ratios = [own / (median or 1.0) for own, median in zip(compute_s, medians, strict=True)]
         slowest = max(range(len(ratios)), key=ratios.__getitem__)
         ratio = ratios[slowest]
         self.count = self.count + 1 if slowest == self.suspect and ratio >= SLOW else int(ratio >= SLOW)

@@ -144,6 +144,9 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
     assert capsys.readouterr().out.count("lines are lost until there is room") == 1
 
 
+WHY = "the server cannot be reached"
+
+
 class Wandb:
     """What of wandb a log uses, with a server that cannot be reached, or that is lost at some step."""
 
@@ -151,10 +154,11 @@ class Wandb:
         self.refuses, self.lost_at, self.modes, self.steps = refuses, lost_at, [], []
         self.run = types.SimpleNamespace(step=step)
 
-    def init(self, mode, id, resume, **_):
+    def init(self, mode, id, resume, **more):
+        self.more = more
         self.modes.append((mode, id, resume))
         if mode in self.refuses:
-            raise ConnectionError("the server cannot be reached\nand a page of why")
+            raise ConnectionError(f"{WHY}\nand a page of why")
 
     def log(self, record, step):
         if step == self.lost_at:
@@ -174,8 +178,11 @@ def test_a_run_loses_nothing_when_wandb_cannot_be_had(tmp_path, monkeypatch, cap
     write_steps(replace(config, wandb=True), range(4))
     assert [strictly(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
     assert wandb.steps == {"unreachable": [0, 1, 2, 3], "lost at step 2": [0, 1]}.get(server, [])
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: wandb: ")]
-    assert len(warnings) == (2 if server.endswith("disk") else 1)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    why = "warning: wandb: the server cannot be reached: the run goes on without it"
+    told = {"unreachable": [f"{why}; it is recorded on disk"], "lost at step 2": [why.replace(WHY, "lost")]}
+    assert warnings == told.get(server, [f"{why}; it is recorded on disk", why])
+    assert wandb.modes == [("online", None, None), ("offline", None, None)][: 2 - server.startswith("lost")]
 
 
 def test_a_resumed_wandb_run_goes_on_without_the_steps_that_it_has(tmp_path, monkeypatch):
@@ -193,3 +200,34 @@ def test_wandb_that_is_not_installed_is_found_with_the_flags(monkeypatch, capsys
         parse_args(["--wandb"], world_size=1)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "pip install 'heiretsu[wandb]'" in err and err.count("\n") == 1
+
+
+def test_wandb_is_told_whose_run_it_is_and_gets_what_the_file_gets(tmp_path, monkeypatch):
+    wandb, logged = Wandb(refuses=()), []
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(wandb, "log", lambda record, step: logged.append((record, step)))
+    config, path = log_of(tmp_path)
+    config = replace(config, wandb=True, wandb_project="p", wandb_entity="e", run_name="n", wandb_mode="disabled")
+    write_steps(config, [0], run_id="ab12")
+    more = {"project": "p", "entity": "e", "name": "n", "config": config.as_json()}
+    assert wandb.more == more and wandb.modes == [("disabled", "ab12", None)]
+    assert logged == [(strictly(path.read_text()), 0)]
+
+
+def test_what_wandb_breaks_with_at_any_moment_is_one_line(tmp_path, monkeypatch, capsys):
+    def broken(*_, **more):
+        raise RuntimeError("  \n")
+
+    config, _ = log_of(tmp_path)
+    for moment in ("init", "log", "finish"):
+        wandb = Wandb(refuses=())
+        monkeypatch.setattr(wandb, moment, broken)
+        monkeypatch.setitem(sys.modules, "wandb", wandb)
+        write_steps(replace(config, wandb=True, wandb_mode="offline"), range(2))
+        said = capsys.readouterr().out
+        assert said.count("warning: wandb: RuntimeError: the run goes on without it\n") == said.count("warning") == 1
+
+
+def test_a_line_comes_after_twenty_seconds_of_silence_and_not_at_twenty(monkeypatch, capsys):
+    assert steps_said(10.0, 100_000, monkeypatch, capsys) == [1, *range(4, 201, 3)]
+    assert steps_said(20.25, 100_000, monkeypatch, capsys) == list(range(1, 201))

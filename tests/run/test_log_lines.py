@@ -145,6 +145,8 @@ def test_peaks_are_those_of_the_data_sheets(monkeypatch):
     """Dense bf16, in FLOP/s."""
     nvidia = {"L40S": 362e12, "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
     assert {sheet.name: sheet.bf16_flops for sheet in DATA_SHEETS} == nvidia | {"MI300X": 1307e12}
+    bandwidth = {"L40S": 864e9, "A100": 2039e9, "H100": 3350e9, "H200": 4800e9, "B200": 8000e9, "MI300X": 5300e9}
+    assert {sheet.name: sheet.dram_bytes for sheet in DATA_SHEETS} == bandwidth
     config, eight = parse_args(["--dp", "8"], world_size=8), abstract_mesh(dp=8, device="cuda")
     for name, peak in (("NVIDIA H100 80GB HBM3", 8 * 989e12), ("AMD Instinct MI300X", 8 * 1307e12), ("Tesla T4", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)

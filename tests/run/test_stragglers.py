@@ -17,6 +17,7 @@ def test_a_rank_is_compared_with_those_of_its_own_stage():
 def test_a_stage_of_one_rank_is_compared_with_all():
     assert Stragglers(abstract_mesh(pp=3)).update([1.0, 2.0, 6.0]) == {"slowest_rank": 2, "slowest_over_median": 3.0}
     assert Stragglers(abstract_mesh()).update([0.0]) == {"slowest_rank": 0, "slowest_over_median": 0.0}
+    assert Stragglers(abstract_mesh(dp=3)).update([0.0, 0.0, 3.0]) == {"slowest_rank": 2, "slowest_over_median": 3.0}
 
 
 @pytest.mark.parametrize("seconds, told", [(2.0, True), (1.999, False)])
