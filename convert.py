@@ -9,6 +9,7 @@ its sizes. transformers' from_pretrained reads an exported folder.
 
 import argparse
 import importlib.util
+import os
 import sys
 
 if importlib.util.find_spec("heiretsu") is None:
@@ -25,7 +26,10 @@ def parse_args() -> argparse.Namespace:
     add("source", metavar="CKPT", help="one step's folder, or a run's, whose newest is taken")
     add("out", metavar="DIR", help="folder to make")
     add("--family", default="gpt2", help="what it becomes: a file of model/hf (default: gpt2)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not os.path.isdir(args.source):
+        parser.error(f"{args.source}: there is no such folder")
+    return args
 
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before torch, whose import takes seconds

@@ -136,24 +136,22 @@ def checked(config: Mapping[str, object], gpu: str, nodes: int = 1) -> RunConfig
             f"{gpus // nodes}, and only dp may run between containers: choose fewer nodes, or raise dp"
         )
     run = parse_args([*command_line(config), "--checkpoint_dir", CHECKPOINTS], world_size=gpus)
-    memory_gb = GPUS[gpu][0]
-    if state_gb(run) > memory_gb:
+    if state_gb(run) > GPUS[gpu][0]:
         needs = f"parameters, gradients and AdamW's moments take {state_gb(run):.0f} GB a GPU"
-        sys.exit(f"TRAINING_CONFIG: {needs}, but {gpu} has {memory_gb}: raise tp or pp, or ep for experts")
+        sys.exit(f"TRAINING_CONFIG: {needs}, but {gpu} has {GPUS[gpu][0]}: raise tp or pp, or ep for experts")
     return run
 
 
 def state_gb(run: RunConfig) -> float:
-    """GB of parameters, gradients and optimizer state on the GPU that holds most layers."""
+    """Parameters, gradients and optimizer state on the GPU that holds most layers."""
     return bytes_of_a_rank(run).state / 1e9
 
 
 def estimate(config: RunConfig, gpu: str, gpus: int) -> tuple[float, float]:
     """Hours and dollars of the whole run, at ASSUMED_MFU."""
-    _, dollars = GPUS[gpu]
     flops = config.model.flops_per_token * config.tokens_per_step * config.max_iters
     hours = flops / (gpus * data_sheet(gpu).bf16_flops * ASSUMED_MFU) / 3600 + START_UP_MINUTES / 60
-    return hours, hours * dollars * gpus
+    return hours, hours * GPUS[gpu][1] * gpus
 
 
 def plan(config: Mapping[str, object] = TRAINING_CONFIG, gpu: str = GPU, nodes: int = 1) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--fused", action="store_true", help="run the fused kernels instead of plain PyTorch")
     add("--vocab_dir", help="folder with GPT-2's encoder.json and vocab.bpe, where tiktoken cannot download them")
     args = parser.parse_args(argv)
+    if not os.path.isdir(args.checkpoint):
+        parser.error(f"{args.checkpoint}: there is no such folder")
     for name, low in (("num_tokens", 0), ("temperature", 0), ("top_k", 1)):
         value = getattr(args, name)
         if value is not None and not value >= low:
@@ -68,13 +71,10 @@ def main(args: argparse.Namespace) -> None:
         ops, kernels = choose_ops(args.fused, device)
         model, run = load_model(path, ops, device, verified=True)
         tokenizer = load_tokenizer(run["config"]["tokenizer"], args.vocab_dir)
-    except ValueError as error:
-        sys.exit(f"sample.py: error: {error}")
-    print(f"{path}: step {run['step']}; {kernels} on {device.type}", file=sys.stderr, flush=True)
-    prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
-    tokens = generate(model, prompt, args.num_tokens, args.temperature, args.top_k, args.seed)
-    print(args.prompt, end="", flush=True)
-    try:
+        print(f"{path}: step {run['step']}; {kernels} on {device.type}", file=sys.stderr, flush=True)
+        prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
+        tokens = generate(model, prompt, args.num_tokens, args.temperature, args.top_k, args.seed)
+        print(args.prompt, end="", flush=True)
         for text in decode(tokenizer, tokens):
             print(text, end="", flush=True)
     except ValueError as error:

@@ -41,10 +41,6 @@ class TokenDataset:
         vocab_size: int,
         bytes_per_token: float | None = None,
     ):
-        if block_size < 1:
-            raise ValueError(f"--block_size {block_size}: must be at least 1")
-        if not shards:
-            raise ValueError("no token shards were given")
         self.block_size, self.seed, self.vocab_size = block_size, seed, vocab_size
         self.bytes_per_token = bytes_per_token
         self.names, self._shards = zip(*(_open(i, shard) for i, shard in enumerate(shards)), strict=True)
@@ -158,6 +154,7 @@ def open_data(
     Raises ValueError if the folder or a split is missing, has fewer shards than asked, holds two data sets or was made
     with another tokenizer, and whatever `TokenDataset` and `load_tokenizer` raise.
     """
+    how = block_size, seed, vocab_size
     if data_dir is None:
         for flag, chunks in (("--num_train_chunks", num_train_chunks), ("--num_val_chunks", num_val_chunks)):
             if chunks is not None:
@@ -165,16 +162,9 @@ def open_data(
                     f"{flag} {chunks}: the embedded corpus has no chunks; give --data_dir too, or leave it out"
                 )
         encoding = None if tokenizer in (None, "bytes") else load_tokenizer(tokenizer, vocab_dir)
-        splits = zip(("train", "validation"), load_corpus(encoding), strict=True)
         train, val = (
-            TokenDataset(
-                [(f"embedded corpus ({name})", split.tokens)],
-                block_size,
-                seed,
-                vocab_size,
-                bytes_per_token=split.num_bytes / len(split.tokens),
-            )
-            for name, split in splits
+            TokenDataset([(f"embedded corpus ({name})", split.tokens)], *how, split.num_bytes / len(split.tokens))
+            for name, split in zip(("train", "validation"), load_corpus(encoding), strict=True)
         )
         return train, val
     found, meta = find_shards(data_dir), read_meta(data_dir)
@@ -193,5 +183,5 @@ def open_data(
         counts = meta["splits"][split] if meta else None
         paths = first_chunks(data_dir, split, found[split], chunks)
         bytes_per_token = counts["bytes"] / counts["tokens"] if counts else None
-        datasets.append(TokenDataset(paths, block_size, seed, vocab_size, bytes_per_token))
+        datasets.append(TokenDataset(paths, *how, bytes_per_token))
     return datasets[0], datasets[1]

@@ -46,25 +46,22 @@ class Split:
     num_bytes: int
 
 
-def load_corpus(
-    encoding: tiktoken.Encoding | None = None, library: str | os.PathLike | None = None
-) -> tuple[Split, Split]:
+def load_corpus(encoding: tiktoken.Encoding | None = None) -> tuple[Split, Split]:
     """The embedded corpus as (train, validation), the same on every call with the same Python.
 
-    encoding: from `load_tokenizer` (default: bytes). library: folder of the standard library's source (default: the
-    running interpreter's). A document is validation if the SHA-256 of its name says so, about 5 in 100.
-    Raises ValueError if this Python comes without its source.
+    encoding: from `load_tokenizer` (default: bytes). A document is validation if the SHA-256 of its name says so, about
+    5 in 100. Raises ValueError if this Python comes without its source.
     """
-    folder = Path(library) if library else Path(sysconfig.get_paths()["stdlib"])
+    folder = Path(sysconfig.get_paths()["stdlib"])
     documents = dict(sorted(_library_source(folder).items())) | _language_reference()
     if sum(map(len, documents.values())) < MIN_BYTES:
         raise ValueError(
             f"{folder}: this Python comes without the source of its standard library, which is the embedded corpus; "
             f"train on text of your own: python data/prepare.py FILES... --out DIR, then --data_dir DIR"
         )
-    held_out = {name for name in documents if is_validation(name)}
-    train = _join({name: text for name, text in documents.items() if name not in held_out}, encoding)
-    return train, _join({name: text for name, text in documents.items() if name in held_out}, encoding)
+    held_out = {name: text for name, text in documents.items() if is_validation(name)}
+    train = {name: text for name, text in documents.items() if name not in held_out}
+    return _join(train, encoding), _join(held_out, encoding)
 
 
 def is_validation(name: str) -> bool:
@@ -103,7 +100,7 @@ def _join(documents: dict[str, bytes], encoding: tiktoken.Encoding | None) -> Sp
     end_of_text = np.array([END_OF_TEXT if encoding is None else encoding.eot_token], dtype=np.uint16)
     parts: list[np.ndarray] = []
     for text in documents.values():
-        if encoding is None or encoding.name == "bytes":  # no need to go through Unicode
+        if encoding is None:  # no need to go through Unicode
             ids = np.frombuffer(text, dtype=np.uint8)
         else:
             ids = np.array(encoding.encode_ordinary(text.decode("utf-8", "replace")), dtype=np.uint16)

@@ -6,21 +6,20 @@ and whole is kept, so a second call continues the first.
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-try:
-    from heiretsu.data.shards import read_shard
-    from heiretsu.data.terminal import escape_what_cannot_be_printed
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] != "heiretsu":
-        raise
+if importlib.util.find_spec("heiretsu") is None:
     sys.exit(
         "heiretsu is not installed: run `pip install -e .` in the checkout, or `make train`, which does it for you"
     )
+
+from heiretsu.data.shards import read_shard
+from heiretsu.data.terminal import escape_what_cannot_be_printed
 
 REPO = "kjj0/fineweb10B-gpt2"
 NUM_TRAIN_SHARDS = 103

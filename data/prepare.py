@@ -11,6 +11,8 @@ is no DIR.
 import argparse
 import codecs
 import functools
+import importlib.util
+import itertools
 import multiprocessing
 import os
 import re
@@ -28,17 +30,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-try:
-    from heiretsu.data.folder import META, read_meta, shard_name, write_meta
-    from heiretsu.data.shards import ShardWriter
-    from heiretsu.data.terminal import escape_what_cannot_be_printed
-    from heiretsu.data.tokenizer import TOKENIZERS, encode, load_tokenizer
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] != "heiretsu":
-        raise
+if importlib.util.find_spec("heiretsu") is None:
     sys.exit(
         "heiretsu is not installed: run `pip install -e .` in the checkout, or `make train`, which does it for you"
     )
+
+from heiretsu.data.folder import META, read_meta, shard_name, write_meta
+from heiretsu.data.shards import ShardWriter
+from heiretsu.data.terminal import escape_what_cannot_be_printed
+from heiretsu.data.tokenizer import TOKENIZERS, encode, load_tokenizer
 
 PIECE_BYTES = 2**20
 _LEAST_TOKENS = 2**16  # a last shard shorter than this joins the one before: a block must fit in every shard
@@ -80,9 +80,9 @@ def prepare(
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction {val_fraction}: must lie between 0 and 1")
-    if shard_tokens < 2 or workers < 1:
-        flag, value = ("--shard_tokens", shard_tokens) if shard_tokens < 2 else ("--workers", workers)
-        raise ValueError(f"{flag} {value}: must be at least {2 if shard_tokens < 2 else 1}")
+    for flag, value, least in (("--shard_tokens", shard_tokens, 2), ("--workers", workers, 1)):
+        if value < least:
+            raise ValueError(f"{flag} {value}: must be at least {least}")
     if separator is not None and not separator.strip():
         raise ValueError(f"--separator {separator!r}: must hold a character other than white space")
     encoding = load_tokenizer(tokenizer, vocab_dir)  # before anything is written: it is the likeliest to be missing
@@ -101,13 +101,13 @@ def prepare(
             bar = stack.enter_context(
                 tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc=tokenizer)
             )
-            for piece, (tokens, num_bytes, num_documents) in _in_order(
-                encode, pieces, min(workers, total // PIECE_BYTES + 1)
-            ):
-                splits[piece.split].append(tokens, num_bytes, num_documents)
+            for piece, encoded in _in_order(encode, pieces, min(workers, total // PIECE_BYTES + 1)):
+                splits[piece.split].append(*encoded)
                 bar.update(piece.end - piece.start)
+            for writer in splits.values():
+                writer.finish()
         meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "end_of_text": encoding.eot_token}
-        meta["splits"] = {name: split.counts() for name, split in splits.items()}
+        meta["splits"] = {name: split.counts for name, split in splits.items()}
         write_meta(beside, meta)
         _take_name(beside, out)
     finally:
@@ -117,11 +117,9 @@ def prepare(
 
 def _check_out(out: Path, overwrite: bool) -> None:
     """ValueError if `out` may not be (over)written: only an earlier result of this script is ever deleted."""
-    if not out.exists():
-        return
-    if not out.is_dir():
+    if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
-    names = {path.name for path in out.iterdir()}
+    names = os.listdir(out) if out.exists() else []
     if not names:
         return
     if not overwrite:
@@ -161,18 +159,15 @@ def _plan(files, val_files, val_fraction: float, separator: str | None) -> Itera
                 yield from _pieces(path, 0, os.path.getsize(path), split, separator)
         return
     train_bytes = round(sum(map(os.path.getsize, files)) * (1 - val_fraction))
-    before, split = 0, "train"  # bytes of text before this file
+    before = 0  # bytes of text before this file
     for path in files:
-        size = cut = os.path.getsize(path)
-        if split == "train" and before + size > train_bytes:
-            cut = _boundary(path, max(train_bytes - before, 0 if before else 1), size, separator, _BEFORE_NEWLINE)
-            if cut == size and not separator:  # one long line
-                cut = _boundary(path, max(train_bytes - before, 0 if before else 1), size, separator, _BEFORE_SPACE)
-            yield from _pieces(path, 0, cut, "train", separator)
-            yield from _pieces(path, cut, size, "val", separator)
-            split = "val"
-        else:
-            yield from _pieces(path, 0, size, split, separator)
+        size = os.path.getsize(path)
+        wanted = max(train_bytes - before, 0 if before else 1)
+        cut = _boundary(path, wanted, size, separator, _BEFORE_NEWLINE)
+        if cut == size:  # one long line
+            cut = _boundary(path, wanted, size, separator, _BEFORE_SPACE)
+        yield from _pieces(path, 0, cut, "train", separator)
+        yield from _pieces(path, cut, size, "val", separator)
         before += size
 
 
@@ -187,8 +182,8 @@ def _pieces(path, start: int, end: int, split: str, separator: str | None) -> It
 
 def _boundary(path, offset: int, end: int, separator: str | None, pattern: re.Pattern) -> int:
     """First place at or after `offset` to cut: before a separator if there is one, else after `pattern`; or `end`."""
-    if offset >= end or offset <= 0:
-        return min(max(offset, 0), end)
+    if not 0 < offset < end:
+        return min(offset, end)
     back = 4  # the longest character in UTF-8: it may begin before `offset`
     if separator:
         pattern, back = re.compile(b"(?=" + re.escape(separator.encode()) + b")"), len(separator.encode())
@@ -204,9 +199,7 @@ def _boundary(path, offset: int, end: int, separator: str | None, pattern: re.Pa
     return end
 
 
-@functools.lru_cache(maxsize=1)
-def _encoding(tokenizer: str, vocab_dir: str | None):
-    return load_tokenizer(tokenizer, vocab_dir)  # once in each worker
+_encoding = functools.lru_cache(maxsize=1)(load_tokenizer)  # once in each worker
 
 
 def _encode(piece: Piece, tokenizer: str, vocab_dir: str | None, separator: str | None) -> tuple[np.ndarray, int, int]:
@@ -234,7 +227,7 @@ def _encode(piece: Piece, tokenizer: str, vocab_dir: str | None, separator: str 
             tokens += encode(encoding, document)
         except ValueError as error:
             raise ValueError(f"{piece.path}: {error}, at or after byte {piece.start:,}: what is there?") from error
-    num_bytes = sum(len(document.encode()) for document in documents) if separator else len(content)
+    num_bytes = sum(len(document.encode()) for document in documents)
     return np.array(tokens, dtype=np.uint16), num_bytes, len(documents) if separator else int(piece.opens)
 
 
@@ -250,21 +243,18 @@ def _in_order(encode, pieces: Iterable[Piece], workers: int) -> Iterator[tuple[P
         initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN),
     )
+    pieces = iter(pieces)
     waiting: deque = deque()
-
-    def oldest() -> tuple[Piece, tuple]:
-        piece, future = waiting[0]
-        result = future.result()
-        waiting.popleft()
-        return piece, result
-
     try:
-        for piece in pieces:
-            waiting.append((piece, pool.submit(encode, piece)))
-            if len(waiting) == 4 * workers:  # bounds the memory when writing is slower than encoding
-                yield oldest()
-        while waiting:
-            yield oldest()
+        while True:
+            # So many at a time bound the memory when writing is slower than encoding.
+            for piece in itertools.islice(pieces, 4 * workers - len(waiting)):
+                waiting.append((piece, pool.submit(encode, piece)))
+            if not waiting:
+                return
+            piece, future = waiting[0]
+            yield piece, future.result()
+            waiting.popleft()
     except BrokenProcessPool as error:
         piece = waiting[0][0]
         raise ValueError(
@@ -280,54 +270,39 @@ class _SplitWriter:
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.num_tokens = self.num_bytes = self.num_documents = self.num_shards = 0
-        self._shard: ShardWriter | None = None
-        self._held: list[np.ndarray] = []  # tokens that do not fit in the shard and are too few for the next
+        self.counts = {"tokens": 0, "bytes": 0, "documents": 0, "shards": 0}
+        self._held = np.empty(0, dtype=np.uint16)  # tokens that do not fit in the shard and are too few for the next
 
     def __enter__(self) -> "_SplitWriter":
+        self._shard = ShardWriter(self.folder / shard_name(self.split, self.counts["shards"])).__enter__()
+        self.counts["shards"] += 1
         return self
 
     def append(self, tokens: np.ndarray, num_bytes: int, num_documents: int) -> None:
-        self.num_tokens += len(tokens)
-        self.num_bytes += num_bytes
-        self.num_documents += num_documents
-        while len(tokens):
-            if self._shard is None:
-                self._shard = ShardWriter(self.folder / shard_name(self.split, self.num_shards)).__enter__()
-                self.num_shards += 1
+        self.counts["tokens"] += len(tokens)
+        self.counts["bytes"] += num_bytes
+        self.counts["documents"] += num_documents
+        tokens = np.concatenate([self._held, tokens])
+        while True:
             room = self.shard_tokens - self._shard.num_tokens
             self._shard.append(tokens[:room])
             tokens = tokens[room:]
-            if len(tokens):
-                self._held.append(tokens)
-                if sum(map(len, self._held)) < min(self.shard_tokens, _LEAST_TOKENS):
-                    return
-                tokens, self._held = np.concatenate(self._held), []
-                self._close(None, None, None)
+            if len(tokens) < min(self.shard_tokens, _LEAST_TOKENS):
+                break
+            self._shard.__exit__(None, None, None)
+            self.__enter__()
+        self._held = tokens
 
-    def counts(self) -> dict[str, int]:
-        return {
-            "tokens": self.num_tokens,
-            "bytes": self.num_bytes,
-            "documents": self.num_documents,
-            "shards": self.num_shards,
-        }
+    def finish(self) -> None:
+        if not self.counts["tokens"]:
+            raise ValueError(
+                f"no text was left for the {self.split} split: the files are too short to cut; give more text, or "
+                f"name validation files of their own with --val_files"
+            )
+        self._shard.append(self._held)
 
-    def __exit__(self, exc_type, exc, trace) -> None:
-        if exc_type is None:
-            if self._shard is None:
-                raise ValueError(
-                    f"no text was left for the {self.split} split: the files are too short to cut; give more text, or "
-                    f"name validation files of their own with --val_files"
-                )
-            if self._held:
-                self._shard.append(np.concatenate(self._held))
-        self._close(exc_type, exc, trace)
-
-    def _close(self, *exception) -> None:
-        if self._shard is not None:
-            self._shard.__exit__(*exception)
-            self._shard = None
+    def __exit__(self, *exception) -> None:
+        self._shard.__exit__(*exception)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

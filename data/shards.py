@@ -108,22 +108,19 @@ class ShardWriter:
     def __exit__(self, exc_type, exc, trace) -> None:
         try:
             if exc_type is None:
-                self._finish()
+                if self.num_tokens == 0:
+                    raise ValueError(f"{self.path}: no tokens to write; an empty shard cannot be trained on")
+                header = np.zeros(HEADER_INTS, dtype="<i4")
+                header[:3] = MAGIC, VERSION, self.num_tokens
+                self._file.seek(0)
+                self._file.write(header.tobytes())
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()  # before the rename: Windows renames no open file
+                os.replace(self._beside, self.path)
         finally:
             self._file.close()
             self._beside.unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        if self.num_tokens == 0:
-            raise ValueError(f"{self.path}: no tokens to write; an empty shard cannot be trained on")
-        header = np.zeros(HEADER_INTS, dtype="<i4")
-        header[:3] = MAGIC, VERSION, self.num_tokens
-        self._file.seek(0)
-        self._file.write(header.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()  # before the rename: Windows renames no open file
-        os.replace(self._beside, self.path)
 
 
 def write_shard(path: str | os.PathLike, tokens) -> None:

@@ -88,16 +88,15 @@ def _read_from(folder: Path, file: str) -> bytes:
 def _read_cached(file: str) -> bytes:
     """One vocabulary file from tiktoken's cache, or downloaded into it. Same places and names as tiktoken's own."""
     url = _GPT2_URL + file
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
-    if folder is None:
-        folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
     cached = Path(folder, hashlib.sha1(url.encode()).hexdigest()) if folder else None
-    if cached is not None and cached.is_file():
+    if cached and cached.is_file():
         content = cached.read_bytes()
         if hashlib.sha256(content).hexdigest() == _GPT2_FILES[file]:
             return content
     content = _download(url, _GPT2_FILES[file])
-    if cached is not None:
+    if cached:
         _store(cached, content)
     return content
 

@@ -1,6 +1,7 @@
 """sample.py: text from the checkpoint of any mesh, the same every time, or one line that says what is wrong."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from heiretsu.run.sampling import generate
 from heiretsu.run.saved import load_model, newest_in
 from tests.training import dataset
 
-SCRIPT = str(Path(__file__).parents[1] / "sample.py")
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "sample.py")
 FLAGS = "--n_layer 2 --n_head 2 --n_embed 16 --block_size 16 --batch_size 2 --learning_rate 0.05 --tokenizer bytes"
 MIXTURE = ("--num_experts", "2", "--moe_freq", "2")
 
@@ -122,7 +124,6 @@ def test_the_command_line_keeps_the_text_apart_from_what_made_it(dense):
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        (["--checkpoint", "nowhere"], "nowhere: there is no such folder"),
         (["--checkpoint", "."], ".: no checkpoint in it is whole: step_00000009: not a complete checkpoint: .metadata"),
         (["--checkpoint", "step_00000009"], "step_00000009: not a complete checkpoint: .metadata missing"),
     ],
@@ -137,7 +138,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch, flags, complain
     assert "\n" not in exit.value.code
 
 
-def test_flags_have_their_defaults_and_arrive_as_given():
+def test_flags_have_their_defaults_and_arrive_as_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in "xy":
+        (tmp_path / folder).mkdir()
     assert vars(sample.parse_args(["--checkpoint", "x"])) == {
         "checkpoint": "x",
         "prompt": "",
@@ -167,11 +171,33 @@ def test_flags_have_their_defaults_and_arrive_as_given():
         assert sample.parse_args(["--checkpoint", "y", "--device", device]).device == device
 
 
-@pytest.mark.parametrize("flags", [[], ["--checkpoint", "x", "--num", "3"], ["--checkpoint", "x", "--device", "tpu"]])
-def test_flags_that_are_missing_or_wrong_are_refused(flags, capsys):
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        ([], "the following arguments are required: --checkpoint"),
+        (["--checkpoint", ".", "--num", "3"], "unrecognized arguments: --num 3"),
+        (["--checkpoint", ".", "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["--checkpoint", "nowhere"], "nowhere: there is no such folder\n"),
+    ],
+)
+def test_flags_that_are_missing_or_wrong_are_refused(flags, complaint, capsys):
+    with pytest.raises(SystemExit) as exit:
         sample.parse_args(flags)
-    assert "sample.py: error: " in capsys.readouterr().err
+    assert exit.value.code == 2
+    assert f"sample.py: error: {complaint}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, flags", [("sample.py", ["--checkpoint"]), ("convert.py", ["export"]), ("convert.py", ["import"])]
+)
+def test_a_folder_that_is_not_there_is_refused_before_torch_is_imported(script, flags, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)  # an import of it fails
+    out = ["out"] if script == "convert.py" else []
+    with pytest.raises(SystemExit) as exit, monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *flags, "nowhere", *out])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.endswith(f"{script}: error: nowhere: there is no such folder\n")
 
 
 def test_help_tells_the_defaults(capsys):
@@ -186,5 +212,5 @@ def test_help_tells_the_defaults(capsys):
 )
 def test_numbers_that_mean_nothing_are_refused(capsys, flags, least):
     with pytest.raises(SystemExit):
-        sample.parse_args(["--checkpoint", "x", *flags.split()])
+        sample.parse_args(["--checkpoint", ".", *flags.split()])
     assert f"error: {flags} must be at least {least}\n" in capsys.readouterr().err

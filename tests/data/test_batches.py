@@ -152,17 +152,6 @@ def test_shard_shorter_than_a_block_is_named_with_both_sizes(tmp_path):
         TokenDataset([np.zeros(20, dtype=np.uint16), np.zeros(2, dtype=np.uint16)], 16, 0, 257)
 
 
-@pytest.mark.parametrize("block_size", [0, -3])
-def test_block_size_below_one_is_refused(block_size):
-    with pytest.raises(ValueError, match=f"--block_size {block_size}: must be at least 1"):
-        TokenDataset(counting(100), block_size, 0, 257)
-
-
-def test_no_shards_are_refused():
-    with pytest.raises(ValueError, match="no token shards"):
-        TokenDataset([], 8, 0, 257)
-
-
 def test_token_outside_the_vocabulary_is_refused_when_the_data_is_opened(tmp_path):
     tokens = np.zeros(5000, dtype=np.uint16)
     tokens[4321] = 257
