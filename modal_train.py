@@ -130,7 +130,7 @@ def checked(config: Mapping[str, object], gpu: str, nodes: int = 1) -> RunConfig
         most = f"a container has at most {GPUS_PER_CONTAINER}: raise --nodes {nodes}, or lower dp"
         sys.exit(f"TRAINING_CONFIG: dp x ep x pp x tp = {gpus} GPUs, but {most}")
     replica = gpus // int(str(config.get("dp", 1)))
-    if nodes > 1 and (gpus // nodes) % replica:
+    if gpus // nodes % replica:
         sys.exit(
             f"TRAINING_CONFIG: ep x pp x tp = {replica} GPUs hold a model, but a container of --nodes {nodes} has "
             f"{gpus // nodes}, and only dp may run between containers: choose fewer nodes, or raise dp"

@@ -1,7 +1,9 @@
 """What modal_train.py can get wrong without Modal's cloud: app, image, command line, check, price and preemption."""
 
+import contextlib
 import importlib.util
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -149,13 +151,281 @@ def test_command_line_is_read_by_the_parser_of_train(monkeypatch, tmp_path):
     assert run.checkpoint_dir == "/checkpoints/gpt2-medium-8x2-dp2-tp2" and run.save_interval > 0
 
 
-def test_plan_names_machine_command_tokens_and_cost():
-    plan = script.plan()
-    assert "machine: 4 x A100-40GB" in plan
-    assert shlex.join(script.remote_flags(CONFIG)) in plan
-    assert "65,536 a step, 131,072,000 in 2000 steps" in plan
-    assert re.search(r"\d\.\d of 40 GB a GPU", plan)
-    assert re.search(r"about \d+\.\d h and \$\d+\.\d\d, at 25% MFU and \$2.10 a GPU hour", plan)
+FLAGS = (
+    "--n_layer 24 --n_head 16 --n_embed 1024 --block_size 1024 --num_experts 8 --top_k 2 --moe_freq 2 "
+    "--dp 2 --ep 1 --pp 1 --tp 2 --batch_size 8 --grad_accum_steps 4 --max_iters 2000 --learning_rate 0.0003 "
+    "--warmup_iters 100 --min_lr 3e-05 --weight_decay 0.1 --betas 0.9 0.95 --grad_clip 1.0 --amp bf16 --fused "
+    "--tokenizer gpt2 --eval_interval 250 --eval_iters 10 --save_interval 250 --keep 2 "
+    "--wandb --wandb_project heiretsu-moe-training --run_name gpt2-medium-8x2-dp2-tp2 "
+    "--data_dir /data --checkpoint_dir /checkpoints/gpt2-medium-8x2-dp2-tp2 --resume auto"
+)
+PLAN = f"""machine: 4 x A100-40GB
+command: train.py {FLAGS}
+tokens:  65,536 a step, 131,072,000 in 2000 steps
+memory:  8.5 of 40 GB a GPU for weights, gradients, AdamW; then activations
+cost:    about 0.4 h and $3.52, at 25% MFU and $2.10 a GPU hour
+"""
+
+
+def run_as_command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["modal_train.py", *words])
+    runpy.run_path(str(ROOT / "modal_train.py"), run_name="__main__")
+
+
+def test_run_as_a_command_it_prints_the_plan(monkeypatch, capsys):
+    run_as_command(monkeypatch)
+    assert capsys.readouterr().out == PLAN
+    run_as_command(monkeypatch, "--nodes", "2")
+    assert capsys.readouterr().out == PLAN.replace("A100-40GB\n", "A100-40GB in 2 containers\n")
+
+
+def test_without_modal_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "modal", None)
+    with pytest.raises(SystemExit, match=r"modal.*: run `pip install -e \.\[modal\]` in this folder \(or `make train`"):
+        run_as_command(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "gpu, memory_gb, price",
+    [
+        ("L40S", 48, "1.95"),
+        ("A100-40GB", 40, "2.10"),
+        ("A100-80GB", 80, "2.50"),
+        ("H100", 80, "3.95"),
+        ("H200", 141, "4.54"),
+        ("B200", 180, "6.25"),
+    ],
+)
+def test_each_gpu_has_its_memory_and_its_price(gpu, memory_gb, price, monkeypatch):
+    monkeypatch.setattr(script, "state_gb", lambda run: memory_gb)
+    plan = script.plan(gpu=gpu)
+    assert f"\nmemory:  {memory_gb:.1f} of {memory_gb} GB a GPU for" in plan
+    assert plan.endswith(f" at 25% MFU and ${price} a GPU hour")
+    monkeypatch.setattr(script, "state_gb", lambda run: memory_gb + 0.001)
+    needs = f"parameters, gradients and AdamW's moments take {memory_gb} GB a GPU, but {gpu} has {memory_gb}: raise tp"
+    with pytest.raises(SystemExit, match=f"^TRAINING_CONFIG: {needs} or pp, or ep for experts$"):
+        script.plan(gpu=gpu)
+
+
+def test_gpus_are_the_product_of_the_axes_each_one_by_default():
+    assert script.num_gpus({}) == 1
+    assert script.num_gpus({"dp": 2, "ep": 3, "pp": 5, "tp": 7}) == 210
+    for axis in ("dp", "ep", "pp", "tp"):
+        for wrong in (0, -1, 1.5, "2"):
+            with pytest.raises(SystemExit, match="each must be a whole number above 0"):
+                script.num_gpus({axis: wrong})
+
+
+def test_flags_of_the_container_follow_those_of_the_configuration():
+    folders = ["--data_dir", "/data", "--checkpoint_dir", "/checkpoints/run", "--resume", "auto"]
+    assert script.remote_flags({"dp": 2, "fused": True, "wandb": False}) == ["--dp", "2", "--fused", *folders]
+
+
+def test_nodes_are_read_ahead_of_modal_and_nothing_else_is():
+    for words, nodes in (([], 1), (["x", "--nodes", "3", "y"], 3), (["--nodes=2"], 2), (["--nodes", "0"], 1)):
+        assert script.asked_nodes(words) == nodes
+    assert script.asked_nodes(["--help", "--node", "5"]) == 1  # those are Modal's to answer
+
+
+def test_a_container_takes_eight_gpus_and_several_whole_models():
+    eight = {**CONFIG, "dp": 4}
+    assert script.checked(eight, "H100").dp == 4 and script.checked(eight, "H100", 2).tp == 2
+    assert script.checked({**CONFIG, "dp": 1, "tp": 4}, "H100").tp == 4
+    assert script.checked({**CONFIG, "dp": 8, "batch_size": 16}, "H100", 2).dp == 8
+    assert script.checked(CONFIG, "H100", 2).dp == 2
+    with pytest.raises(SystemExit, match="= 9 GPUs, but a container has at most 8: raise --nodes 1, or lower dp"):
+        script.checked({**CONFIG, "dp": 9, "tp": 1, "batch_size": 9}, "H100")
+    no_dp = {name: value for name, value in CONFIG.items() if name != "dp"} | {"tp": 4}
+    with pytest.raises(SystemExit, match="= 4 GPUs hold a model, but a container of --nodes 2 has 2, and only dp may"):
+        script.checked(no_dp, "H100", 2)
+    with pytest.raises(SystemExit, match="^GPU 'T4' is none of L40S, A100-40GB, A100-80GB, H100, H200, B200$"):
+        script.checked(CONFIG, "T4")
+
+
+def declared(monkeypatch, *nodes, path=ROOT / "modal_train.py"):
+    """The module, loaded anew, and the keyword arguments of its four functions."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["modal", "run", "modal_train.py", *nodes])
+        calls = recorded(patch, modal.App, "function")
+        return load(path), [kwargs for _, kwargs in calls]
+
+
+def test_functions_are_declared_with_all_that_they_need(monkeypatch, tmp_path):
+    module, (train, download, bench, parity) = declared(monkeypatch)
+    data, checkpoints = module.data_volume, module.checkpoint_volume
+    assert module.app.name == "heiretsu"
+    assert train == {
+        "image": module.training_image,
+        "gpu": "A100-40GB:4",
+        "volumes": {"/data": data, "/checkpoints": checkpoints},
+        "secrets": module.secrets,
+        "timeout": 86_400,
+        "retries": None,
+    }
+    assert download == {"image": module.training_image, "volumes": {"/data": data}, "timeout": 21_600}
+    assert bench == parity == {"image": module.checks_image, "gpu": "A100-40GB", "timeout": 3600}
+    retries = declared(monkeypatch, "--nodes", "2")[1][0]["retries"]
+    assert (retries.max_retries, retries.initial_delay.total_seconds()) == (5, 0)
+    assert declared(monkeypatch, "--nodes", "4")[1][0]["gpu"] == "A100-40GB:1"
+    without = tmp_path / "modal_train.py"
+    without.write_text((ROOT / "modal_train.py").read_text().replace('"wandb": True', '"wandb": False'))
+    assert declared(monkeypatch, "--nodes", "8", path=without)[1][0]["gpu"] == "A100-40GB:1"
+    assert load(without).secrets == []
+
+
+def test_volumes_are_made_where_there_are_none_and_images_from_scratch(monkeypatch):
+    made, volume, slim = [], modal.Volume.from_name, modal.Image.debian_slim
+    monkeypatch.setattr(modal.Volume, "from_name", lambda *a, **kw: made.append((a, kw)) or volume(*a, **kw))
+    monkeypatch.setattr(modal.Image, "debian_slim", lambda *a, **kw: made.append((a, kw)) or slim(*a, **kw))
+    steps = {
+        name: recorded(monkeypatch, modal.Image, name)
+        for name in ("apt_install", "add_local_file", "pip_install_from_pyproject", "add_local_dir", "run_commands")
+    }
+    load()
+    names = [(("fineweb-data",), {"create_if_missing": True}), (("heiretsu-checkpoints",), {"create_if_missing": True})]
+    assert made == [*names, *[((), {"python_version": "3.12"})] * 2]
+    constraints = "/opt/heiretsu/constraints.txt"
+    how = {"extra_options": f"--constraint {constraints}"}
+    assert [extras for (_, extras), _ in steps["pip_install_from_pyproject"]] == [
+        ["fineweb", "wandb"],
+        ["bench", "test"],
+    ]
+    assert steps.pop("pip_install_from_pyproject")[0] == ((str(ROOT / "pyproject.toml"), ["fineweb", "wandb"]), how)
+    ignore = {"copy": True, "ignore": script.LEFT_AT_HOME}
+    assert steps == {
+        "apt_install": [(("build-essential",), {})] * 2,
+        "add_local_file": [((ROOT / "constraints.txt", constraints), {"copy": True})] * 2,
+        "add_local_dir": [((ROOT, "/opt/heiretsu"), ignore)] * 2,
+        "run_commands": [(("python -m pip install --no-deps --editable /opt/heiretsu",), {})] * 2,
+    }
+
+
+@pytest.mark.parametrize(
+    "path, stays",
+    [(path, True) for path in ".git/HEAD .venv/bin/pip heiretsu.egg-info/x .ruff_cache/x .hypothesis/x build/x".split()]
+    + [(path, True) for path in "dist/x runs/x wandb/x data/__pycache__/x data/fineweb10B/a.bin".split()]
+    + [(path, False) for path in "train.py data/prepare.py tests/kernels/conftest.py constraints.txt".split()],
+)
+def test_what_is_no_source_stays_at_home(path, stays):
+    assert modal.FilePatternMatcher(*script.LEFT_AT_HOME)(Path(path)) == stays
+
+
+def test_one_container_trains_alone_and_commits_whatever_ends_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(script.checkpoint_volume, "commit", lambda: calls.append("commit"))
+
+    def ends(*args, **kwargs):
+        calls.append((args, kwargs))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "train_on_node", ends)
+    with pytest.raises(KeyboardInterrupt):
+        script.train.local(1, 4, ["--dp", "4"])
+    assert calls == [((0, ["localhost"], 4, ["--dp", "4"]), {"cwd": "/opt/heiretsu"}), "commit"]
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Fills with the (command, cwd) of what would be run."""
+    ran = []
+    monkeypatch.setattr(script, "run_to_the_end", lambda command, cwd: ran.append((command, cwd)))
+    return ran
+
+
+@pytest.mark.parametrize(
+    "node, addresses, first",
+    [(0, ["fd00::1", "10.0.0.2"], "[fd00::1]"), (1, ["10.0.0.1", "fd00::2"], "10.0.0.1")],
+)
+def test_containers_meet_at_the_address_of_the_first(node, addresses, first, commands):
+    script.train_on_node(node, addresses, 8, ["--dp", "16"], cwd="there")
+    nodes = ["--nnodes=2", f"--node_rank={node}", f"--master_addr={first}"]
+    train = ["train.py", "--dp", "16", "--local_checkpoints"]
+    launch = [sys.executable, "-m", "heiretsu.run.launch", *nodes, "--nproc_per_node=8", *train]
+    assert commands == [(launch, "there")]
+
+
+def test_each_entry_runs_its_script_in_the_source(commands, monkeypatch):
+    commits = []
+    monkeypatch.setattr(script.data_volume, "commit", lambda: commits.append(len(commands)))
+    script.train_on_node(0, ["localhost"], 4, ["--dp", "4"], cwd="there")
+    script.download.local()
+    script.download.local(3)
+    for entry in (script.bench, script.parity):
+        entry.local()
+        entry.local("--quick -k 'a b'")
+    python, source = sys.executable, "/opt/heiretsu"
+    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "train.py", "--dp", "4"]
+    bench, parity = [python, "bench/kernels.py"], [python, "-m", "pytest", "tests/kernels"]
+    more = ["--quick", "-k", "a b"]
+    assert commands == [
+        (launch, "there"),
+        *(([python, "data/fineweb.py", shards, "--out", "/data"], source) for shards in ("10", "3")),
+        *((command, source) for command in (bench, bench + more, parity, parity + more)),
+    ]
+    assert commits == [2, 3]
+
+
+def test_only_then_it_rents(monkeypatch):
+    done = []
+    monkeypatch.setattr(script, "print", lambda *args, **kwargs: done.append((args, kwargs)), raising=False)
+    monkeypatch.setattr(script.train, "remote", lambda *args: done.append(args))
+    script.main.info.raw_f()
+    script.main.info.raw_f(nodes=2)
+    flags, shown = shlex.split(FLAGS), {"flush": True}  # before Modal writes of its own
+    assert done == [
+        ((script.plan(),), shown),
+        (1, 4, flags),
+        ((script.plan(nodes=2),), shown),
+        (2, 2, flags),
+    ]
+
+
+class Process:
+    """Stands in for subprocess.Popen: `waits` are what its waits do, one after the other."""
+
+    def __init__(self, done, waits):
+        self.done, self.waits = done, waits
+
+    def __call__(self, command, **kwargs):
+        self.done.append((command, kwargs))
+        return self
+
+    def wait(self, *timeout):
+        self.done.append(("wait", *timeout))
+        result = self.waits.pop(0)
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def terminate(self):
+        self.done.append("terminate")
+
+    def kill(self):
+        self.done.append("kill")
+
+
+@pytest.mark.parametrize(
+    "waits, raised, after",
+    [
+        ([0], None, []),
+        ([3], subprocess.CalledProcessError, []),
+        ([KeyboardInterrupt(), 0], KeyboardInterrupt, ["terminate", ("wait", 25)]),
+        (
+            [KeyboardInterrupt(), subprocess.TimeoutExpired("c", 25)],
+            KeyboardInterrupt,
+            ["terminate", ("wait", 25), "kill"],
+        ),
+    ],
+)
+def test_a_command_is_run_apart_and_told_to_end(waits, raised, after, monkeypatch):
+    """In a session of its own, so that an interrupt reaches this process alone; of Modal's 30 s it gets 25 to save."""
+    done = []
+    monkeypatch.setattr(script.subprocess, "Popen", Process(done, waits))
+    with pytest.raises(raised) if raised else contextlib.nullcontext() as error:
+        script.run_to_the_end(["a", "b"], cwd="there")
+    assert done == [(["a", "b"], {"cwd": "there", "start_new_session": True}), ("wait",), *after]
+    if raised is subprocess.CalledProcessError:
+        assert (error.value.returncode, error.value.cmd) == (3, ["a", "b"])
 
 
 @pytest.mark.parametrize("change", [{}, {"num_experts": 0, "top_k": 1}, {"moe_freq": 1}])
@@ -213,11 +483,6 @@ def test_what_cannot_be_spread_over_containers_is_refused(change, nodes, message
 
 def test_plan_of_several_containers_names_them():
     assert "machine: 16 x H100 in 2 containers" in script.plan({**CONFIG, "dp": 8}, "H100", nodes=2)
-
-
-def test_a_failing_run_fails_its_container(tmp_path):
-    with pytest.raises(subprocess.CalledProcessError):
-        script.run_to_the_end([sys.executable, "-c", "raise SystemExit(3)"], cwd=tmp_path)
 
 
 def test_a_preempted_run_may_save_before_it_ends(tmp_path):
