@@ -226,7 +226,7 @@ def test_schedules_of_one_stage_a_rank_refuse_more(schedule):
 
 
 def test_drawing():
-    assert draw(timeline(one_f_one_b(2, 3))) == "\n".join(
+    assert draw(timeline(one_f_one_b(2, 3), 0.5, 1.0)) == "\n".join(
         [
             "rank 0  F0 F1 ......B0--- F2 B1--- ...B2---",
             "rank 1  ...F0 B0--- F1 B1--- F2 B2--- ......",
@@ -236,7 +236,7 @@ def test_drawing():
 
 
 def test_drawing_names_the_stage_where_a_rank_has_several():
-    assert draw(timeline(interleaved_1f1b(2, 1, 2))) == "\n".join(
+    assert draw(timeline(interleaved_1f1b(2, 1, 2), 3.0, 6.0)) == "\n".join(
         [
             "rank 0  F0.0 .....F0.2 ...............B0.2----- ..........B0.0-----",
             "rank 1  .....F0.1 .....F0.3 B0.3----- ..........B0.1----- ..........",
