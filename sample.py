@@ -53,7 +53,7 @@ import torch
 
 from heiretsu.data.terminal import escape_what_cannot_be_printed
 from heiretsu.data.tokenizer import load_tokenizer
-from heiretsu.parallel.checkpoint import read_run
+from heiretsu.parallel.checkpoint_seal import read_run
 from heiretsu.run.device import choose_device, choose_ops
 from heiretsu.run.sampling import generate
 from heiretsu.run.saved import load_model, newest_in, say_on_stderr

@@ -31,12 +31,10 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from heiretsu.parallel.checkpoint_folder import PART, beside, complete, path_of, publish, rotate
-from heiretsu.parallel.checkpoint_seal import FORMAT, brief, fingerprint, read_run, seal, write_json
+from heiretsu.parallel.checkpoint_folder import PART, beside, path_of, publish, rotate
+from heiretsu.parallel.checkpoint_seal import FORMAT, brief, fingerprint, seal, write_json
 from heiretsu.parallel.mesh import WITHIN_STAGE
 from heiretsu.parallel.placement import Piece, Placement
-
-__all__ = ["Copies", "SaveError", "Saving", "complete", "read", "read_run", "save", "start", "stored_shapes"]
 
 
 class SaveError(RuntimeError):

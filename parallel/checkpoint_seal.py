@@ -127,7 +127,7 @@ def _check_share(path: Path, world: Axis) -> None:
         loads[lightest] += files[name]["bytes"]
         if lightest == world.index:
             mine.append(name)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor() as threads:
         for _ in threads.map(lambda name: _check_digest(path, name, files), mine):
             pass
 

@@ -37,7 +37,7 @@ from heiretsu.model import hf
 from heiretsu.model.config import ModelConfig
 from heiretsu.model.gpt import GPT
 from heiretsu.model.hf import gpt2
-from heiretsu.parallel import checkpoint
+from heiretsu.parallel import checkpoint_seal
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run import conversion, options
 from heiretsu.run.flags import command_line
@@ -344,7 +344,7 @@ class Reader:
             same_run = replace(documented, dropout=config.model.dropout, aux_loss_coef=config.model.aux_loss_coef)
             assert config.model == same_run, f"{source} is of another model: {documented}"
         found = find_origin(config, abstract_mesh(), print).path
-        done = 0 if found is None else checkpoint.read_run(found)["step"]
+        done = 0 if found is None else checkpoint_seal.read_run(found)["step"]
         if config.save_interval:
             self.models[str(config.checkpoint_dir).rstrip("/")] = config.model
         flags = asdict(tiny(config, done + 1))

@@ -9,6 +9,7 @@ import torch
 
 from heiretsu.kernels import plain
 from heiretsu.parallel import checkpoint
+from heiretsu.parallel.checkpoint_folder import complete
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run import state
 from heiretsu.run.batches import read_batches
@@ -25,7 +26,7 @@ def steps(mesh, config, first, stop, folder, load=False, save_after=None):
     engine = build_engine(config, mesh, plain)
     as_json = json.loads(config.to_json())
     if load:
-        assert state.load(checkpoint.complete(folder)[-1], engine, as_json) == first
+        assert state.load(complete(folder)[-1], engine, as_json) == first
     data = dataset(config.model.vocab_size, config.model.block_size)
     trace = Trace()
     said: list[str] = []
@@ -97,7 +98,7 @@ def test_a_checkpoint_from_before_the_first_step_can_be_resumed(tmp_path):
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3):
         saved(tmp_path, step, keep=2)
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_00000002", "step_00000003"]
+    assert [path.name for path in complete(tmp_path)] == ["step_00000002", "step_00000003"]
 
 
 def test_a_save_that_dies_leaves_the_earlier_one_chosen(tmp_path, monkeypatch):
@@ -105,13 +106,13 @@ def test_a_save_that_dies_leaves_the_earlier_one_chosen(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         saved(tmp_path, 2)
-    assert checkpoint.complete(tmp_path) == [earlier]
+    assert complete(tmp_path) == [earlier]
 
 
 def test_a_torn_checkpoint_is_refused_by_name(tmp_path):
     engine, config, path = saved(tmp_path)
     (path / ".metadata").unlink()
-    assert checkpoint.complete(tmp_path) == []
+    assert complete(tmp_path) == []
     with pytest.raises(ValueError, match="step_00000001: not a complete checkpoint: .metadata missing"):
         state.load(path, engine, json.loads(config.to_json()))
     shutil.rmtree(path)
