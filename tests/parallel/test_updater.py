@@ -12,7 +12,8 @@ import torch
 
 from heiretsu.kernels import plain
 from heiretsu.parallel.mesh import abstract_mesh
-from heiretsu.parallel.updater import LossScaler
+from heiretsu.parallel.placement import Placement, Spec
+from heiretsu.parallel.updater import LossScaler, Updater, two_norm
 from heiretsu.run import state
 from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
@@ -135,3 +136,40 @@ def test_restoring_makes_room_without_changing_a_parameter():
         "optimizer_steps": 7,
         "scaler": {"growth": 0, "scale": 4.0, "good_steps": 0},
     }
+
+
+@pytest.mark.parametrize(
+    "grad_clip, scale, factor",
+    [
+        (0.0, 1.0, 1.0),
+        (0.0, 4.0, 0.25),
+        (10.0, 1.0, 1.0),
+        (2.5, 1.0, 2.5 / (5 + 1e-6)),
+        (2.5, 4.0, 2.5 / (5 + 1e-6) / 4),
+    ],
+)
+def test_one_step_of_sgd_by_hand(grad_clip, scale, factor):
+    """The gradient (3, 4), of norm 5, times the loss scale: clipped by its norm, unscaled, taken at rate 1."""
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    table = {"w": Placement("w", Spec((2,), partial_over=("dp",), decay=True), abstract_mesh())}
+    updater = Updater({"w": weight}, table, lambda groups: torch.optim.SGD(groups, 1.0), grad_clip, LossScaler(scale))
+    updater.prepare(1)
+    weight.grad += scale * torch.tensor([3.0, 4.0], dtype=torch.float64)
+    squares, bad = updater.squares()
+    assert (squares.tolist(), bad.tolist()) == ([(5 * scale) ** 2], [0.0])
+    assert updater.apply(squares.item(), 0.0) == (5.0, False)
+    assert weight.tolist() == pytest.approx([-3 * factor * scale, -4 * factor * scale], rel=1e-15)
+    assert updater.steps == 1
+    before = weight.tolist()
+    for skipping in ((math.inf, 0.0), (25.0, 1.0)):
+        norm, skipped = updater.apply(*skipping)
+        assert skipped and not math.isfinite(norm) and updater.steps == 1 and weight.tolist() == before
+    assert math.isnan(updater.apply(25.0, 2.0)[0]) and updater.apply(math.inf, 0.0)[0] == math.inf
+
+
+@pytest.mark.parametrize("size", [1, 2, 1023, 1024, 1025, 2048, 2050, 3 * 1024**2 + 5])
+def test_a_norm_counts_every_element_once(size):
+    x = torch.full((size,), 3.0, dtype=torch.float64)
+    assert two_norm(x).item() == pytest.approx(3 * math.sqrt(size), rel=1e-14)
+    x[-1], x[0] = 1e6, 2e6
+    assert two_norm(x.view(1, -1)).item() == pytest.approx(x.square().sum().sqrt().item(), rel=1e-14)

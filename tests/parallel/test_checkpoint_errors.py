@@ -1,0 +1,106 @@
+"""What a save or a read that fails says, and what a save in the background of one process does not say."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from heiretsu.parallel import checkpoint
+from heiretsu.parallel.checkpoint import Copies, SaveError
+from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.parallel.placement import Piece, Placement, Spec
+from tests.parallel.test_checkpoint_seal import RUN
+
+FACTS = {key: value for key, value in RUN.items() if key not in ("format", "step")}
+
+
+def piece(values) -> Piece:
+    tensor = torch.tensor(values)
+    return Piece(tensor, Placement("x", Spec(tuple(tensor.shape), partial_over=()), abstract_mesh()))
+
+
+def failed(**failures):
+    return CheckpointException("write", {int(rank[4:]): (error, None) for rank, error in failures.items()})
+
+
+def test_the_first_error_of_the_first_rank_is_told_in_300_letters(monkeypatch):
+    assert checkpoint._reason(OSError("no\nroom")) == "OSError: no room"
+    assert len(checkpoint._reason(OSError("x" * 400))) == 300
+    alone = failed(rank0=OSError("x" * 400))
+    assert checkpoint._reason(alone) == "OSError: " + "x" * 288 + "..."
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert checkpoint._reason(alone) == "rank 0: OSError: " + "x" * 288 + "..."
+    two = failed(rank3=OSError("three"), rank2=ValueError("two"))
+    assert checkpoint._reason(two) == "rank 2: ValueError: two"
+
+
+def test_the_systems_own_error_behind_another_is_told():
+    full, odd = OSError("disk full"), RuntimeError("unexpected pos")
+    odd.__context__ = full
+    assert checkpoint._first_cause(odd) is full
+    outer = ValueError("outer")
+    outer.__cause__ = odd
+    assert checkpoint._first_cause(outer) is full and checkpoint._first_cause(full) is full
+    alone = RuntimeError("alone")
+    assert checkpoint._first_cause(alone) is alone
+
+
+@pytest.mark.parametrize("initialized, rank, stays", [(False, 0, False), (True, 0, False), (True, 1, True)])
+def test_of_a_failed_save_rank_0_leaves_nothing(tmp_path, monkeypatch, initialized, rank, stays):
+    monkeypatch.setattr(dist, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    writer = checkpoint._Writer(tmp_path, 1, {"step": 3})
+    writer.part.mkdir()
+    with pytest.raises(SaveError) as refused, writer.or_nothing():
+        raise OSError("no room")
+    assert str(refused.value) == f"{tmp_path / 'step_00000003'} could not be saved: OSError: no room"
+    assert writer.part.exists() == stays
+    for end in (KeyboardInterrupt(), SystemExit(2)):
+        with pytest.raises(type(end)) as ended, writer.or_nothing():
+            raise failed(rank0=OSError("no"), rank1=end)
+        assert ended.value is end
+
+
+def test_what_was_saved_is_read_and_what_cannot_be_is_refused(tmp_path):
+    path = checkpoint.save(tmp_path, 3, {"model/x": piece([1.0, 2.0])}, FACTS | {"optimizer_steps": 0}, keep=1)
+    assert path == tmp_path / "step_00000003" and checkpoint.stored_shapes(path) == {"model/x": (2,)}
+    into = piece([0.0, 0.0])
+    checkpoint.read(path, {"model/x": into})
+    assert into.tensor.tolist() == [1.0, 2.0]
+    with pytest.raises(ValueError) as refused:
+        checkpoint.read(path, {"model/y": into})
+    said = str(refused.value)
+    assert said.startswith(f"{path}: cannot be loaded (") and said.endswith("): damaged") and len(said) < 400
+    assert "model/y" in said and "\n" not in said
+
+
+def test_a_save_in_the_background_of_one_process_warns_of_nothing(tmp_path):
+    copies, mine = Copies(), piece([1.0, 2.0])
+    facts = FACTS | {"optimizer_steps": 0}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        saving = checkpoint.start(tmp_path, 3, {"model/x": mine}, facts, 1, None, copies)
+        mine.tensor.fill_(9.0)  # training goes on
+        path = saving.result()
+    assert [str(warning.message) for warning in said] == []
+    assert saving.done() and saving.step == 3 and path == tmp_path / "step_00000003"
+    checkpoint.read(path, {"model/x": mine})
+    assert mine.tensor.tolist() == [1.0, 2.0]
+    first = copies.pieces["model/x"]
+    checkpoint.start(tmp_path, 4, {"model/x": piece([5.0, 6.0])}, facts, 2, None, copies).result()
+    assert copies.pieces["model/x"] is first and first.tolist() == [5.0, 6.0]
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def test_an_older_one_that_cannot_be_deleted_is_told_of_and_the_save_stands(tmp_path, monkeypatch):
+    def no(*_):
+        raise OSError("busy")
+
+    monkeypatch.setattr(checkpoint, "rotate", no)
+    saving = checkpoint.start(tmp_path, 3, {"model/x": piece([1.0])}, FACTS | {"optimizer_steps": 0}, 1, None, Copies())
+    assert saving.result().is_dir()
+    assert saving.writer.complaint == "an older checkpoint could not be deleted (OSError: busy)"
+    assert [field.name for field in dataclasses.fields(saving)] == ["step", "writer", "future"]
