@@ -1,8 +1,11 @@
 """What is put into a run's folder of checkpoints and taken away: every branch, on folders of a few bytes."""
 
+import json
 import os
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from heiretsu.parallel import checkpoint_folder
 from heiretsu.parallel.checkpoint_folder import (
@@ -46,10 +49,10 @@ def test_a_checkpoint_and_its_hidden_neighbours_have_these_names(tmp_path):
 
 
 def test_checkpoints_are_folders_of_that_name_in_the_order_of_steps(tmp_path):
-    for name in ("step_00000020", "step_00000000", "step_100000000", "step_0000009", ".step_00000001.part"):
+    for name in ("step_99999999", "step_00000000", "step_100000000", "step_0000009", ".step_00000001.part"):
         (tmp_path / name).mkdir()
     (tmp_path / "step_00000004").write_text("a file")
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000000", "step_00000020", "step_100000000"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000000", "step_99999999", "step_100000000"]
     assert complete(tmp_path) == checkpoints(tmp_path / "none") == []
 
 
@@ -85,12 +88,11 @@ def test_all_ranks_look_at_what_rank_0_sees(tmp_path, monkeypatch):
 
 
 def test_one_of_an_earlier_version_is_said_to_be(tmp_path):
-    (path,) = saved(tmp_path, 1)
+    path = path_of(tmp_path, 7)
+    dcp.save({"x": torch.ones(2)}, checkpoint_id=path, no_dist=True)
+    (path / "run.json").write_text(json.dumps(RUN | {"format": 1}))
     lines: list[str] = []
-    checkpoint_folder.say_if_unsealed(path, lines.append)
-    assert lines == []
-    (path / SEAL).unlink()
-    checkpoint_folder.say_if_unsealed(path, lines.append)
+    assert newest_whole(tmp_path, lines.append) == path
     assert lines == [f"{path}: of an earlier version, without checksums: whether it is as written cannot be checked"]
 
 
