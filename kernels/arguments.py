@@ -112,10 +112,10 @@ def _tensor(op, name, value, shape: str, dtypes=FLOATS):
 
 
 def _shape(op, name, tensor, shape: tuple, letters: str, **beside):
-    """Refuse another shape than `shape`, which `letters` spell and the tensors in `beside` decide."""
+    """Refuse another shape than `shape`, which `letters` spell and the one tensor in `beside` decides."""
     if tensor.shape != shape:
-        context = " and ".join(f"{other} {tuple(t.shape)}" for other, t in beside.items())
-        _refuse(op, name, tuple(tensor.shape), f"{letters} = {shape} beside {context}")
+        ((other, t),) = beside.items()
+        _refuse(op, name, tuple(tensor.shape), f"{letters} = {shape} beside {other} {tuple(t.shape)}")
 
 
 def _dims(op, name, tensor, count: int, letters: str):

@@ -62,13 +62,12 @@ class Look:
     def make(self, device: torch.device, generator: torch.Generator) -> torch.Tensor:
         """A leaf that looks like this; floats are normal numbers of its size. generator: on the device."""
         reach = sum((n - 1) * stride for n, stride in zip(self.shape, self.stride, strict=True)) + 1
-        empty = 0 in self.shape
-        memory = torch.zeros(self.offset + (0 if empty else reach), dtype=self.dtype, device=device)
+        memory = torch.zeros(max(0, self.offset + reach), dtype=self.dtype, device=device)
         if self.dtype.is_floating_point:
             numbers = torch.randn(memory.shape, generator=generator, dtype=torch.float32, device=device)
             memory.copy_(numbers * self.size)
         made = memory.as_strided(self.shape, self.stride, self.offset)
-        if not self.dtype.is_floating_point and not empty:
+        if self.values:
             values = torch.frombuffer(bytearray(self.values), dtype=self.dtype).view(self.shape)
             once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in self.stride)  # of an expanded dim
             made[once].copy_(values[once])

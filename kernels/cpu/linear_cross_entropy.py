@@ -147,11 +147,7 @@ def _recompute_dweight(dweight, dlse, dtarget, x, weight, lse, local):
         dlogits.sub_(lse[:, None]).exp_().mul_(dlse[:, None])
         here = ((local >= block.start) & (local < block.stop)).nonzero()[:, 0]
         dlogits[here, local[here] - block.start] += dtarget[here]
-        dlogits = dlogits.to(x.dtype)
-        if x.dtype == dweight.dtype:
-            torch.mm(dlogits.T, x, out=dweight[block])
-        else:
-            dweight[block] = dlogits.T @ x
+        dweight[block] = dlogits.to(x.dtype).T @ x
 
 
 @_backward.register_fake

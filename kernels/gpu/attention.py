@@ -70,8 +70,7 @@ def _differentiate(ctx, dout, dlse):
     if dout is None:
         dout = q.new_zeros(()).expand_as(q)
     need_q, need_k, need_v = ctx.needs_input_grad[:3]
-    dq, dk, dv = _attention_backward(dout, dlse, q, k, v, out, lse, *ctx.options, need_q, need_k or need_v)
-    grads = (dq if need_q else None, dk if need_k else None, dv if need_v else None)
+    grads = _attention_backward(dout, dlse, q, k, v, out, lse, *ctx.options, need_q, need_k or need_v)
     return (*grads, *(None for _ in ctx.options))
 
 

@@ -230,31 +230,175 @@ def test_a_wrong_argument_is_refused_alike_by_every_form(sample, changes, line):
             pytest.fail(f"{name} took it")
 
 
-@pytest.mark.parametrize("sample", SAMPLES)
-def test_what_is_no_tensor_or_of_no_such_dtype_is_named(sample):
+# {sample: {tensor: (its letters, what is said behind them of one with a dim more)}}; None: any number of dims will do.
+FLATTEN = ": flatten batch and length into one, 2 dims"
+LETTERS = {
+    "attention, dropout": {
+        "q": ("(B, H, T, D)", ", 4 dims"),
+        "k": ("(B, Hkv, S, D)", ", 4 dims"),
+        "v": ("(B, Hkv, S, D)", ", 4 dims"),
+    },
+    "bias_gelu": {"x": ("(..., F)", None), "bias": ("(F,)", " = (24,) beside x (2, 5, 24)")},
+    "dropout": {"x": ("(B, T, C)", ", 3 dims")},
+    "layer_norm, residual": {
+        "x": ("(..., C)", None),
+        "weight": ("(C,)", " = (24,) beside x (2, 5, 24)"),
+        "bias": ("(C,)", " = (24,) beside x (2, 5, 24)"),
+        "residual": ("(..., C)", " = (2, 5, 24) beside x (2, 5, 24)"),
+    },
+    "route": {"logits": ("(N, E)", FLATTEN)},
+    "expert_mlp": {
+        "x": ("(N, C)", ", 2 dims"),
+        "experts": ("(N, K)", ", 2 dims"),
+        "gates": ("(N, K)", " = (5, 2) beside experts (5, 2)"),
+        "w1": ("(E, C, F)", ", 3 dims"),
+        "b1": ("(E, F)", " = (3, 16) beside w1 (3, 8, 16)"),
+        "w2": ("(E, F, C)", " = (3, 16, 8) beside w1 (3, 8, 16)"),
+        "b2": ("(E, C)", " = (3, 8) beside w1 (3, 8, 16)"),
+    },
+    "linear_cross_entropy": {
+        "x": ("(N, C)", FLATTEN),
+        "weight": ("(V, C)", ", 2 dims"),
+        "targets": ("(N,)", " = (5,) beside x (5, 8)"),
+    },
+}
+DTYPES = {"experts": "int64 or int32", "targets": "int64"}
+
+
+@pytest.mark.parametrize("sample", LETTERS)
+def test_each_tensor_is_asked_for_in_its_letters(sample):
     op, build = SAMPLES[sample]
-    values, checked_as = build(5), op.removesuffix("_lse")
-    for name, value in values.items():
-        if isinstance(value, torch.Tensor):
-            for wrong, what in (
-                ("text", r"a str; it must be a tensor \("),
-                (value.detach().bool(), "bool; it must be"),
-            ):
-                with pytest.raises(ValueError, match=f"^{checked_as}: {name} is {what}"):
-                    getattr(plain, op)(**values | {name: wrong})
+    values = {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in build(5).items()}
+    assert [*LETTERS[sample]] == [n for n in inspect.signature(CHECKS[op]).parameters if hasattr(values.get(n), "dim")]
+    for name, (letters, one_dim_more) in LETTERS[sample].items():
+        dtypes = DTYPES.get(name, "float32 or bfloat16 or float16 or float64")
+        wrong = [
+            ("text", f"a str; it must be a tensor {letters}" + ", or None" * (name in ("b1", "b2"))),
+            (values[name].bool(), f"bool; it must be {dtypes}: cast it with {name}.to(dtype)"),
+        ]
+        if one_dim_more is not None:
+            of_shape = "of shape " * one_dim_more.endswith(" dims")
+            given = values[name][None]
+            wrong.append((given, f"{of_shape}{tuple(given.shape)}; it must be {letters}{one_dim_more}"))
+        for value, line in wrong:
+            with pytest.raises(ValueError, match=f"^{re.escape(f'{op}: {name} is {line}')}$"):
+                CHECKS[op](**values | {name: value})
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_one_dim_too_many_is_named(sample):
+def test_each_tensor_must_be_where_the_others_are(sample):
     op, build = SAMPLES[sample]
     values = build(5)
-    for name, value in values.items():
-        with pytest.raises((ValueError, TypeError)) as refused:
-            getattr(plain, op)(**values | {name: "text"})
-        any_dims = "a tensor (..., " in str(refused.value)
-        if isinstance(value, torch.Tensor) and not any_dims:
-            with pytest.raises(ValueError, match=rf"^{op.removesuffix('_lse')}: {name} is .*\(1, "):
-                getattr(plain, op)(**values | {name: value.detach()[None]})
+    tensors = [n for n in inspect.signature(CHECKS[op]).parameters if isinstance(values.get(n), torch.Tensor)]
+    for name in tensors if len(tensors) > 1 else ():
+        where = ", ".join(f"{other} on {'meta' if other == name else 'cpu'}" for other in tensors)
+        line = f"{op.removesuffix('_lse')}: its tensors must be on one device; they are {where}"
+        with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+            CHECKS[op](**values | {name: values[name].to("meta")})
+
+
+def _head_dim(D):
+    return {name: lambda t: t[..., :1].expand(*t.shape[:3], D) for name in "qkv"}
+
+
+def _experts(E):
+    return {name: lambda t: t[:1].expand(E, *t.shape[1:]) for name in ("w1", "b1", "w2", "b2")}
+
+
+def _tokens(N, K=1):
+    rows = {name: lambda t: t[:1, :1].expand(N, K) for name in ("experts", "gates")}
+    return rows | {"x": lambda t: t[:1].expand(N, 8)}
+
+
+# The last that is taken, and the first that is not, on both sides of every bound.
+TAKEN = {
+    "attention, dropout": [
+        _head_dim(1), _head_dim(256), dict(k=lambda t: t[:, :1], v=lambda t: t[:, :1]), dict(scale=0.0), dict(scale=2),
+        dict(dropout_p=0), dict(dropout_p=1.0 - 2**-53), dict(seed=-(2**63)), dict(seed=2**64 - 1),
+        dict(offsets=[2**62, 0]), dict(k=lambda t: t[:, :, :3], v=lambda t: t[:, :, :3]), dict(causal=False),
+    ],
+    "bias_gelu": [dict(x=lambda t: t[0, 0]), dict(x=lambda t: t[0]), dict(bias=lambda t: t.double())],
+    "dropout": [dict(p=0.0), dict(offset=2**62), dict(offset=0)],
+    "layer_norm, residual": [
+        dict(eps=0.0), dict(eps=1), dict(residual=None), dict(residual=lambda t: t.half()),
+        {name: lambda t: t[..., :1].expand(*t.shape[:-1], 16384) for name in ("x", "weight", "bias", "residual")},
+        {name: lambda t: t[0, 0] if t.dim() == 3 else t for name in ("x", "residual")},
+    ],
+    "route": [dict(top_k=1), dict(top_k=6), dict(logits=lambda t: t[:, :1].expand(5, 2047))],
+    "expert_mlp": [_experts(2047), _tokens(2**31 - 2**16 - 1), dict(b1=None), dict(b2=None),
+                   dict(experts=lambda t: t.int())],
+    "linear_cross_entropy": [dict(vocab_start=2**62), dict(weight=lambda t: t[:0])],
+}  # fmt: skip
+BEYOND = {
+    "attention, dropout": [
+        (_head_dim(0), "the head dim D is 0; it must be in 1..256"),
+        (
+            dict(k=lambda t: t[:, :0], v=lambda t: t[:, :0]),
+            "k is of 0 heads; it must be of a number of heads that divides q's 4",
+        ),
+        (dict(scale=float("inf")), "scale is inf; it must be finite and not negative"),
+        (dict(dropout_p=-0.5), "dropout_p is -0.5; it must be a probability in [0, 1)"),
+        (dict(dropout_p="x"), "dropout_p is a str; it must be a Python float: float(dropout_p)"),
+        (dict(offsets=(1, 2, 3)), "offsets is (1, 2, 3); it must be two ints, the global (sample, head) of q[0, 0]"),
+        (dict(offsets=(1.5, 0)), "an offset is a float; it must be a Python int: int(an offset)"),
+        (dict(offsets=(0, 2**62 + 1)), f"an offset is {2**62 + 1}; it must be in 0..{2**62}"),
+        (
+            dict(v=lambda t: t.half()),
+            "q, k, v are torch.float32, torch.float32, torch.float16; they must have one dtype: cast k and v",
+        ),
+        (dict(causal=1), "causal is a int; it must be True or False: there is no mask but the causal one"),
+    ],
+    "dropout": [
+        (dict(offset=2**62 + 1), f"offset is {2**62 + 1}; it must be in 0..{2**62}, the global sample of x[0]")
+    ],
+    "layer_norm, residual": [
+        (dict(x=lambda t: t[0, 0, 0]), "x is a scalar; it must be (..., C), 1 dim at least"),
+        (dict(eps=float("inf")), "eps is inf; it must be finite and not negative"),
+    ],
+    "expert_mlp": [
+        (_experts(2048), "the number of experts E is 2048; it must be 2047 at most"),
+        (
+            _tokens(2**30 - 2**15, 2),
+            f"experts is of {2**30 - 2**15} x 2 slots; it must be of fewer than {2**31 - 2**16}",
+        ),
+        (_tokens(2**31 - 2**16), f"experts is of {2**31 - 2**16} x 1 slots; it must be of fewer than {2**31 - 2**16}"),
+    ],
+    "linear_cross_entropy": [
+        (
+            dict(vocab_start=2**62 + 1),
+            f"vocab_start is {2**62 + 1}; it must be in 0..{2**62}, the first word of weight",
+        ),
+    ],
+}
+
+
+def changed(values, changes):
+    return values | {
+        name: change(values[name].detach()) if callable(change) else change for name, change in changes.items()
+    }
+
+
+@pytest.mark.parametrize("sample", TAKEN)
+def test_every_bound_is_where_it_is_said_to_be(sample):
+    op, build = SAMPLES[sample]
+    for changes in TAKEN[sample]:
+        CHECKS[op](**changed(build(5), changes))
+    for changes, line in BEYOND.get(sample, ()):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{op}: {line}')}$"):
+            CHECKS[op](**changed(build(5), changes))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_specification_takes_tensors_of_no_memory_with_autocast_or_without(op):
+    """Autocast cannot be asked about there: torch raises."""
+    values = {n: v.detach().to("meta") if isinstance(v, torch.Tensor) else v for n, v in SAMPLES[op][1](5).items()}
+    if op == "expert_mlp":
+        return  # which rows an expert has, meta tensors do not say
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found, expected = getattr(plain, op)(**values), getattr(plain, op)(**SAMPLES[op][1](5))
+        for got, want in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (found, expected)), strict=True):
+            assert got.shape == want.shape and got.dtype == want.dtype and got.is_meta
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -274,10 +418,12 @@ def test_every_form_is_checked_and_has_the_signature_of_the_specification(op):
         (dict(bias=torch.ones(3)), "bias_gelu() missing 1 required positional argument: 'x'"),
         (dict(x=torch.ones(3)), "bias_gelu() missing 1 required positional argument: 'bias'"),
         (dict(x=1, bias=2, scale=3), "bias_gelu() got an unexpected keyword argument 'scale'"),
+        (dict(q=1, k=2), "attention() missing 1 required positional argument: 'v'"),
     ],
 )
 def test_an_argument_too_many_or_missing_is_a_type_error_that_names_it_and_the_op(given, line):
-    for form in (*all_forms("bias_gelu").values(), fused.bias_gelu):
+    op = line.partition("(")[0]
+    for form in (*all_forms(op).values(), getattr(fused, op)):
         with pytest.raises(TypeError, match=f"^{re.escape(line)}$"):
             form(**given)
 

@@ -147,6 +147,18 @@ def test_the_cpu_form_of_a_model_is_differentiable_through_views(causal):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("options", [dict(scale=0.6), dict(causal=False, scale=0.6), dict()])
+def test_every_path_of_the_cpu_form_takes_the_scale(options):
+    """scaled_dot_product_attention where it may be, our operator where not: more keys, dropout."""
+    q, k, v = qkv(B=2, T=7, S=7, D=8, dtype=torch.float64)
+    more = [torch.cat([t, t.flip(2)[:, :, :3]], 2) for t in (k, v)]
+    for values, dropout in (((q, k, v), {}), ((q, *more), {}), ((q, k, v), dict(dropout_p=0.3, seed=3))):
+        got, expected = (f(*values, **options, **dropout) for f in (cpu_attention.attention, plain.attention))
+        torch.testing.assert_close(got, expected)
+        gradients = (torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (got, expected))
+        torch.testing.assert_close(*gradients)
+
+
 @given(
     seed=st.integers(-(2**63), 2**64), rows=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5),
     columns=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5), head=st.integers(0, 2**33),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heiretsu.kernels import fused
+from heiretsu.kernels import fused, plain
 from heiretsu.kernels.cpu import bias_gelu as cpu_bias_gelu
 from tests.kernels import forms
 from tests.kernels.cases.bias_gelu import CASES
@@ -64,6 +64,17 @@ def test_what_is_not_finite_stays_so(form, bad):
     (dx,) = torch.autograd.grad(out.sum(), x)
     assert out[0].isfinite() and dx[0].isfinite() and not out[1].isfinite()
     assert dx[1].isnan() if bad != bad else not dx[1] < 1.0  # plain has NaN at infinity, and 1 would be right
+
+
+@each_form
+def test_the_gradient_of_a_float32_bias_is_not_summed_in_bfloat16(form):
+    op, device = function(form)
+    x = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    bias = torch.zeros(4, device=device, requires_grad=True)
+    wide = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    (got,) = torch.autograd.grad(op(x, bias).sum(), bias)
+    (expected,) = torch.autograd.grad(plain.bias_gelu(x.double().cpu(), wide).sum(), wide)
+    torch.testing.assert_close(got.double().cpu(), expected, rtol=2e-4, atol=0.0)
 
 
 @each_form

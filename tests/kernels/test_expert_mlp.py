@@ -197,6 +197,21 @@ def test_weight_gradients_of_float32_masters_are_not_rounded(triton_device):
         assert not torch.equal(grad, grad.bfloat16().float()), name
 
 
+def test_no_experts_or_no_tokens_give_zeros_on_a_cpu():
+    """E = 0 ended in max() of nothing."""
+    for N, C, E, F, outside in ((5, 4, 0, 6, 0), (0, 4, 2, 6, 0), (5, 4, 2, 6, 2), (5, 0, 2, 6, 0), (5, 4, 2, 0, 0)):
+        experts = torch.full((N, 2), outside)
+        for dtype in (torch.float32, torch.float64):
+            values = arguments(N, C, F, E, 2, dtype, experts=experts)
+            weights = [w.detach().float().requires_grad_() for w in values[3:]]
+            leaves, found = floats(values[:3]) + weights, []
+            for form in (forms.cpu_form("expert_mlp"), plain.expert_mlp):
+                out = form(*values[:3], *weights)
+                total = out.sum() + values[0].sum() * 0.0  # plain of no experts is a constant
+                found.append([out, *torch.autograd.grad(total, leaves, materialize_grads=True)])
+            torch.testing.assert_close(*found)
+
+
 # Tracing
 
 

@@ -73,6 +73,7 @@ def test_words_do_not_tell_what_is_drawn_or_left_at_its_default():
     x, weight, bias = torch.zeros(4, 16), torch.ones(8), torch.ones(8)
     told = Call.of(plain.layer_norm, (x[:, 8:].bfloat16(), weight, bias), {"eps": 1e-5, "residual": None})
     assert str(told) == "layer_norm x 4x8 bfloat16 frozen, weight bias 8 float32 frozen"
+    assert "values" not in repr(Call.of(plain.linear_cross_entropy, (x, x, torch.arange(4)), {}))
     assert "strides 16x1 from 2" in str(Call.of(plain.layer_norm, (x[:, 2:10], weight, bias), {}))
 
 

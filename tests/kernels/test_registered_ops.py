@@ -63,6 +63,10 @@ def test_every_registered_operator_passes_opcheck(calls):
 def test_the_samples_call_every_registered_operator(calls):
     here = {name for op in SAMPLES.values() for name in runnable_forms(op[0])}
     assert {function.__name__.split(".")[0] for function, _ in calls.values()} == registered(here)
+    if "cpu-form" in here:  # bias_gelu, layer_norm and route are no operators of ours there
+        ours = {"cpu_dropout", "cpu_expert_mlp", "cpu_linear_cross_entropy", "attention_cpu"}
+        backward = {"cpu_expert_mlp_backward", "cpu_linear_cross_entropy_backward", "attention_cpu_backward"}
+        assert registered({"cpu-form"}) == ours | backward
     assert registered({"cpu-form"}) and (not forms.HAS_TRITON or registered({"triton"}))
 
 
@@ -78,3 +82,20 @@ def test_no_part_of_the_cpu_attention_s_mask_is_left_unwritten(monkeypatch):
 
 def _is_float(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+@pytest.mark.parametrize("sample", ["attention, dropout", "dropout", "expert_mlp", "linear_cross_entropy"])
+def test_a_traced_operator_gives_the_strides_that_it_gives(sample):
+    """Of inputs that are not contiguous, forward and backward; opcheck compares the fake tensors' strides as well."""
+    op, build = SAMPLES[sample]
+    for form, device in runnable_forms(op).values():
+        values = to(build(7), device)
+        for name, t in tensors(values).items():
+            if t.dim() > 1:
+                values[name] = t.detach().mT.contiguous().mT.requires_grad_()
+        with Recorded() as recorded:
+            out = outputs(form(**values))
+            torch.autograd.grad([o.sum() for o in out], list(tensors(values).values()), allow_unused=True)
+        assert recorded.calls
+        for function, args in recorded.calls:
+            torch.library.opcheck(function, tuple(args), test_utils=("test_faketensor",))

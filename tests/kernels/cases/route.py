@@ -39,6 +39,7 @@ TWO = (torch.float32, torch.bfloat16)
 CASES = [
     Case("route", "2 of 8", "three blocks of tokens with a tail", _route(70, 8, 2)),
     Case("route", "ties", "equal logits go to the lower expert", _route(40, 8, 3, _ties), FLOAT32),
+    Case("route", "ties of 40", "ATen's sort is stable of its own below 17 elements", _route(9, 40, 9, _ties), FLOAT32),
     Case("route", "1 of 1", "one expert: a gate of 1, no gradient", _route(5, 1, 1), FLOAT32),
     Case("route", "1 of 5", "top 1: gates are 1 whatever the logits", _route(33, 5, 1), FLOAT32),
     Case("route", "all of 3", "a plain softmax, sorted; E and K no powers of two", _route(33, 3, 3), TWO),
