@@ -124,7 +124,7 @@ def test_what_is_deleted_is_out_of_sight_before_it_is_gone(tmp_path, monkeypatch
 @pytest.mark.parametrize("keep, left", [(1, [4, 5]), (2, [3, 4, 5]), (3, [1, 2, 3, 4, 5]), (4, [1, 2, 3, 4, 5])])
 def test_older_ones_than_the_newest_whole_are_deleted(tmp_path, keep, left):
     paths = saved(tmp_path, 1, 2, 3, 4, 5)
-    for damaged in (paths[1], paths[4]):
+    for damaged in (paths[0], paths[4]):
         (damaged / SEAL).unlink()
     rotate(tmp_path, keep)
     assert checkpoints(tmp_path) == [path_of(tmp_path, step) for step in left] and names(tmp_path)[0][0] == "s"

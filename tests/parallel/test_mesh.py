@@ -1,12 +1,14 @@
 """Who is where: the rank formula, the merged axes, and process groups that reach exactly the ranks they name."""
 
+import gc
 import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from heiretsu.parallel.collectives import all_reduce
-from heiretsu.parallel.mesh import AXIS_NAMES, Axis, abstract_mesh, make_mesh
+from heiretsu.parallel.mesh import AXIS_NAMES, Axis, abstract_mesh, make_mesh, process_groups
 
 LINES = (*AXIS_NAMES, "replica", "ends", "pp_back", "world")
 
@@ -58,3 +60,20 @@ def test_a_rank_in_words_and_an_axis_of_one():
     assert all(abstract_mesh(pp=4, rank=rank).ends.name == "ends" for rank in range(4))
     alone = make_mesh()
     assert alone.world == Axis("world") and alone.device == torch.device("cpu") and alone.device_mesh is None
+
+
+def test_process_groups_end_with_their_block_but_not_with_an_error(monkeypatch):
+    """Destroyed after what refers to itself, and to a mesh, is gone; one process has none."""
+    calls: list = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *given, **options: calls.append((given, options)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
+    monkeypatch.setattr(gc, "collect", lambda: calls.append("collected"))
+    with process_groups("gloo", 1, rank=0):
+        calls.append("alone")
+    with process_groups("nccl", 2, rank=1, timeout=3):
+        calls.append("inside")
+    began = (("nccl",), {"world_size": 2, "rank": 1, "timeout": 3})
+    assert calls == ["alone", began, "inside", "collected", "destroyed"]
+    with pytest.raises(RuntimeError, match="lost"), process_groups("nccl", 2):
+        raise RuntimeError("lost")
+    assert calls[5:] == [(("nccl",), {"world_size": 2})]
