@@ -31,6 +31,7 @@ LARGEST_HEAD_DIM = 256  # this and the next two: what the Triton kernels have ti
 LARGEST_NORM = 16384
 MOST_EXPERTS = 2047
 MOST_SLOTS = 2**31 - 2**16  # tokens x top_k: a routing plan numbers them in 32 bits
+FLATTEN = ": flatten batch and length into one"
 LARGEST_OFFSET = 2**62  # of a shard in the whole: sums with positions stay within 64 bits
 
 
@@ -100,15 +101,17 @@ def _kind(value) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def _tensor(op, name, value, shape: str, dtypes=FLOATS):
-    """Refuse what is no dense tensor of one of the dtypes. shape: of what it should be, in letters."""
+def _tensor(op, name, value, letters: str, dtypes=FLOATS, dims: int | None = None, hint: str = ""):
+    """Refuse what is no dense tensor of one of the dtypes and, if given, of so many dims. letters: of its shape."""
     if not isinstance(value, torch.Tensor):
-        _refuse(op, name, _kind(value), f"a tensor {shape}")
+        _refuse(op, name, _kind(value), f"a tensor {letters}")
     if value.layout is not torch.strided:
-        _refuse(op, name, f"a tensor of layout {value.layout}", f"a dense tensor {shape}")
+        _refuse(op, name, f"a tensor of layout {value.layout}", f"a dense tensor {letters}")
     if value.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         _refuse(op, name, str(value.dtype).removeprefix("torch."), f"{wanted}: cast it with {name}.to(dtype)")
+    if dims is not None and value.dim() != dims:
+        _refuse(op, name, f"of shape {tuple(value.shape)}", f"{letters}{hint}, {dims} dims")
 
 
 def _shape(op, name, tensor, shape: tuple, letters: str, **beside):
@@ -116,11 +119,6 @@ def _shape(op, name, tensor, shape: tuple, letters: str, **beside):
     if tensor.shape != shape:
         ((other, t),) = beside.items()
         _refuse(op, name, tuple(tensor.shape), f"{letters} = {shape} beside {other} {tuple(t.shape)}")
-
-
-def _dims(op, name, tensor, count: int, letters: str):
-    if tensor.dim() != count:
-        _refuse(op, name, f"of shape {tuple(tensor.shape)}", f"{letters}, {count} dims")
 
 
 def _one_device(op, **tensors):
@@ -139,19 +137,17 @@ def _integer(op, name, value, low: int, high: int, wanted: str):
         _refuse(op, name, value, wanted)
 
 
-def _number(op, name, value, wanted: str):
-    """Refuse what is no finite Python number >= 0."""
+def _number(op, name, value, wanted: str, end: float = math.inf):
+    """Refuse what is no Python number in 0 <= value < end."""
     if not isinstance(value, (int, float)):
         _refuse(op, name, _kind(value), f"a Python float: float({name})")
-    if not 0.0 <= value < math.inf:
+    if not 0.0 <= value < end:
         _refuse(op, name, value, wanted)
 
 
 def _mask(op, name, p, seed):
     """Refuse what draws no dropout mask."""
-    _number(op, name, p, "a probability in [0, 1)")
-    if p >= 1.0:
-        _refuse(op, name, p, "a probability in [0, 1)")
+    _number(op, name, p, "a probability in [0, 1)", end=1.0)
     _integer(op, "seed", seed, -(2**63), 2**64 - 1, "a number of 64 bits, -2**63 .. 2**64 - 1")
 
 
@@ -159,8 +155,7 @@ def _mask(op, name, p, seed):
 def _attention(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=(0, 0)):
     op, keys = "attention", "(B, Hkv, S, D)"
     for name, t, letters in (("q", q, "(B, H, T, D)"), ("k", k, keys), ("v", v, keys)):
-        _tensor(op, name, t, letters)
-        _dims(op, name, t, 4, letters)
+        _tensor(op, name, t, letters, dims=4)
     (B, H, _, D), Hkv = q.shape, k.shape[1]
     _shape(op, "k", k, (B, Hkv, k.shape[2], D), keys, q=q)
     _shape(op, "v", v, tuple(k.shape), keys, k=k)
@@ -196,8 +191,7 @@ def _bias_gelu(x, bias):
 @check_of("dropout")
 def _dropout(x, p, seed, offset=0):
     op = "dropout"
-    _tensor(op, "x", x, "(B, T, C)")
-    _dims(op, "x", x, 3, "(B, T, C)")
+    _tensor(op, "x", x, "(B, T, C)", dims=3)
     _mask(op, "p", p, seed)
     _integer(op, "offset", offset, 0, LARGEST_OFFSET, f"in 0..{LARGEST_OFFSET}, the global sample of x[0]")
 
@@ -225,8 +219,7 @@ def _layer_norm(x, weight, bias, eps=1e-5, residual=None):
 @check_of("route")
 def _route(logits, top_k):
     op = "route"
-    _tensor(op, "logits", logits, "(N, E)")
-    _dims(op, "logits", logits, 2, "(N, E): flatten batch and length into one")
+    _tensor(op, "logits", logits, "(N, E)", dims=2, hint=FLATTEN)
     E = logits.shape[1]
     if E > MOST_EXPERTS:
         _refuse(op, "the number of experts E", E, f"{MOST_EXPERTS} at most")
@@ -236,26 +229,20 @@ def _route(logits, top_k):
 @check_of("expert_mlp")
 def _expert_mlp(x, experts, gates, w1, b1, w2, b2):
     op = "expert_mlp"
-    _tensor(op, "x", x, "(N, C)")
-    _tensor(op, "experts", experts, "(N, K)", (torch.int64, torch.int32))
+    _tensor(op, "x", x, "(N, C)", dims=2)
+    _tensor(op, "experts", experts, "(N, K)", (torch.int64, torch.int32), dims=2)
     _tensor(op, "gates", gates, "(N, K)")
-    _tensor(op, "w1", w1, "(E, C, F)")
+    _tensor(op, "w1", w1, "(E, C, F)", dims=3)
     _tensor(op, "w2", w2, "(E, F, C)")
-    for name, bias, letters in (("b1", b1, "(E, F), or None"), ("b2", b2, "(E, C), or None")):
-        if bias is not None:
-            _tensor(op, name, bias, letters)
-    _dims(op, "x", x, 2, "(N, C)")
-    _dims(op, "experts", experts, 2, "(N, K)")
-    _dims(op, "w1", w1, 3, "(E, C, F)")
     (N, C), (E, _, F), K = x.shape, w1.shape, experts.shape[1]
     _shape(op, "experts", experts, (N, K), "(N, K)", x=x)
     _shape(op, "gates", gates, (N, K), "(N, K)", experts=experts)
     _shape(op, "w1", w1, (E, C, F), "(E, C, F)", x=x)
     _shape(op, "w2", w2, (E, F, C), "(E, F, C)", w1=w1)
-    if b1 is not None:
-        _shape(op, "b1", b1, (E, F), "(E, F)", w1=w1)
-    if b2 is not None:
-        _shape(op, "b2", b2, (E, C), "(E, C)", w1=w1)
+    for name, bias, letters, shape in (("b1", b1, "(E, F)", (E, F)), ("b2", b2, "(E, C)", (E, C))):
+        if bias is not None:
+            _tensor(op, name, bias, f"{letters}, or None")
+            _shape(op, name, bias, shape, letters, w1=w1)
     if E > MOST_EXPERTS:
         _refuse(op, "the number of experts E", E, f"{MOST_EXPERTS} at most")
     if N * K >= MOST_SLOTS:
@@ -266,13 +253,10 @@ def _expert_mlp(x, experts, gates, w1, b1, w2, b2):
 @check_of("linear_cross_entropy")
 def _linear_cross_entropy(x, weight, targets, vocab_start=0):
     op = "linear_cross_entropy"
-    _tensor(op, "x", x, "(N, C)")
-    _tensor(op, "weight", weight, "(V, C)")
+    _tensor(op, "x", x, "(N, C)", dims=2, hint=FLATTEN)
+    _tensor(op, "weight", weight, "(V, C)", dims=2)
     _tensor(op, "targets", targets, "(N,)", (torch.int64,))
-    _dims(op, "x", x, 2, "(N, C): flatten batch and length into one")
-    _dims(op, "weight", weight, 2, "(V, C)")
-    N, C = x.shape
-    _shape(op, "weight", weight, (weight.shape[0], C), "(V, C)", x=x)
-    _shape(op, "targets", targets, (N,), "(N,)", x=x)
+    _shape(op, "weight", weight, (weight.shape[0], x.shape[1]), "(V, C)", x=x)
+    _shape(op, "targets", targets, (x.shape[0],), "(N,)", x=x)
     _integer(op, "vocab_start", vocab_start, 0, LARGEST_OFFSET, f"in 0..{LARGEST_OFFSET}, the first word of weight")
     _one_device(op, x=x, weight=weight, targets=targets)

@@ -180,21 +180,9 @@ def _grouped_gemm_kernel(
     for part in tl.static_range(4):
         acc = first if part == 0 else second if part == 1 else third if part == 2 else fourth
         _finish(
-            acc,
-            col + part * (BLOCK_N // 4),
-            num_cols,
-            rows,
-            row_mask,
-            gate,
-            bias_ptr,
-            out_ptr,
-            act_ptr,
-            h_ptr,
-            dbias_ptr,
-            EPILOGUE,
-            HAS_BIAS,
-            WRITE_OUT,
-        )
+            acc, col + part * (BLOCK_N // 4), num_cols, rows, row_mask, gate, bias_ptr, out_ptr, act_ptr, h_ptr,
+            dbias_ptr, EPILOGUE, HAS_BIAS, WRITE_OUT,
+        )  # fmt: skip
 
 
 @triton.jit

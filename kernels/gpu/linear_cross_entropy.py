@@ -148,10 +148,8 @@ def _combine_kernel(
     max_ptr,  # (splits, N)
     sum_ptr,  # (splits, N)
     lse_ptr,  # (N,)
-    N,
-    splits,
-    BLOCK_N: tl.constexpr,
-):
+    N, splits, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     total_max = tl.load(max_ptr + rows, mask=rows < N, other=0.0)
     total = tl.load(sum_ptr + rows, mask=rows < N, other=1.0)
