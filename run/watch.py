@@ -29,13 +29,13 @@ from heiretsu.parallel.activity import ACTIVITY
 from heiretsu.run.lines import Line
 from heiretsu.run.roll_call import Assembly
 
-FAILED, REFUSED, GAVE_UP, LOST = 1, 2, 3, 4  # exit statuses; GAVE_UP: on its numbers
+FAILED, GAVE_UP, LOST = 1, 3, 4  # exit statuses, beside 2 for what is refused; GAVE_UP: on its numbers
 BEAT_S = 1.0
 SILENT_S = 5.0  # without a beat for so long, a rank does not run, or cannot be reached
 GRACE_S = 5.0  # for a verdict of rank 0, or for the main thread to end by itself
 
 
-@dataclass(eq=False)
+@dataclass
 class Peer:
     """What this rank knows of another; those that it has no line to, it knows nothing of."""
 
@@ -46,7 +46,7 @@ class Peer:
     heard: float
     doing: str = "the start"
     waits: bool = False
-    moves: int = -1
+    moves: int | None = None
 
     def hear(self, beat: dict[str, Any]) -> None:
         self.heard = now = time.monotonic()
@@ -77,7 +77,7 @@ class Watch:
     # The watching thread
 
     def _run(self) -> None:
-        next_beat = 0.0
+        next_beat = time.monotonic()
         while self._ending is None:
             now = time.monotonic()
             if now >= next_beat:
@@ -114,7 +114,6 @@ class Watch:
             elif "over" in message:
                 self._end(message["over"], message["grace"])
         if not open_ and peer in self.peers:
-            self._forget(peer)
             self._over(f"lost {_named(peer)}", 0.0)
 
     def _forget(self, peer: Peer) -> None:
@@ -140,7 +139,7 @@ class Watch:
 
     def _leave(self, line: str, status: int) -> NoReturn:
         with self._once:  # one line, and no other thread beyond it
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=sys.stderr)
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
             os._exit(status)
@@ -166,7 +165,7 @@ class Watch:
                 f"{_named(p)} has not been heard of for {now - p.heard:.0f} s, last heard in {p.doing}" for p in silent
             ]
             return "; ".join(said)
-        me = Peer(self.rank, self.host, None, now, now, ACTIVITY.last_place(), ACTIVITY.waiting_s() > 0)
+        me = Peer(self.rank, self.host, None, now, now, ACTIVITY.last_place())
         everyone = sorted([me, *self.peers], key=lambda peer: peer.rank)
         busy = [peer for peer in everyone if not peer.waits and now - peer.since > self.timeout / 2]
         if busy:
@@ -193,7 +192,6 @@ class Watch:
         with self._once:
             print(f"{self.name}: failed in {ACTIVITY.last_place()}", file=sys.stderr)
             traceback.print_exception(error)
-            sys.stderr.flush()
             sys.stdout.flush()
             self.close(failed=f"raised {type(error).__name__}: {str(error)[:500]}")
             os._exit(FAILED)

@@ -1,6 +1,7 @@
 """The watch's own books and words, on a clock of the test's; what it does to a run is in tests/faults."""
 
 import socket
+import sys
 import time
 from types import SimpleNamespace
 
@@ -20,10 +21,21 @@ class Left(Exception):
     """What ending the process is, here."""
 
 
+class Streams:
+    """As sys has them: errors go where the test looks for them."""
+
+    def __init__(self, stdout):
+        self.stdout = stdout
+
+    @property
+    def stderr(self):
+        return sys.stderr
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that only sleeping moves; the process neither ends nor watches with a thread."""
-    clock = SimpleNamespace(now=100.0, slept=[])
+    clock = SimpleNamespace(now=100.0, slept=[], flushed=0, threads=[])
 
     def sleep(seconds):
         clock.slept.append(seconds)
@@ -38,7 +50,9 @@ def clock(monkeypatch):
     monkeypatch.setattr(watching, "ACTIVITY", Activity())
     monkeypatch.setattr(watching.os, "_exit", leave)
     thread = SimpleNamespace(start=lambda: None, join=lambda seconds: clock.slept.append(f"join {seconds}"))
-    monkeypatch.setattr(watching.threading, "Thread", lambda **how: thread)
+    monkeypatch.setattr(watching.threading, "Thread", lambda **how: clock.threads.append(how) or thread)
+    stdout = SimpleNamespace(flush=lambda: setattr(clock, "flushed", clock.flushed + 1))
+    monkeypatch.setattr(watching, "sys", Streams(stdout))
     return clock
 
 
@@ -63,6 +77,7 @@ def told(line: Line) -> list[dict]:
 def test_a_rank_that_has_left_is_not_listened_to_any_more(clock):
     """Its line stays readable for ever: the thread would do nothing but look at it."""
     watch, there = a_watch(0)
+    assert clock.threads[0]["daemon"] and clock.threads[0]["target"] == watch._run
     hear(watch, there, 1, {"bye": True})
     there[1].close()
     assert [peer.rank for peer in watch.peers] == [2] and watch._selector.select(timeout=0) == []
@@ -81,8 +96,10 @@ def test_a_goodbye_and_the_end_of_the_line_in_one_go_are_no_loss(clock):
 
 def test_only_a_beat_that_moved_makes_a_rank_younger():
     peer = Peer(1, "birch", None, since=0.0, heard=0.0)
-    peer.hear({"moves": 0, "doing": "the start", "waits": False})
-    assert 0 < peer.since == peer.heard
+    for moves in (0, 1):
+        peer = Peer(1, "birch", None, since=0.0, heard=0.0)
+        peer.hear({"moves": moves, "doing": "the start", "waits": False})
+        assert 0 < peer.since == peer.heard
     peer = Peer(1, "birch", None, since=0.0, heard=0.0)
     peer.hear({"moves": 4, "doing": "step 1", "waits": False})
     first = peer.since
@@ -113,6 +130,7 @@ def test_a_line_that_ends_without_a_goodbye_is_a_lost_rank_and_rank_0_tells_the_
         hear(watch, there, 1, None)
     assert capsys.readouterr().err == "rank 0 (dp=0) on alder: lost rank 1 on birch, while in step 4\n"
     assert told(there[2]) == [{"over": "lost rank 1 on birch", "grace": 0.0}] and clock.slept == []
+    assert clock.flushed == 1
     watch, there = a_watch(2)
     with pytest.raises(Left, match="4"):
         hear(watch, there, 0, None)
@@ -233,7 +251,7 @@ def test_who_is_stuck_is_who_is_silent_else_who_works_else_all_with_what_they_wa
 
 def test_the_thread_beats_every_second_looks_four_times_as_often_and_says_goodbye(clock, monkeypatch):
     watch, there = a_watch(0)
-    looked, beats = [], []
+    looked, beats, clocks = [], [], []
 
     class Selector:
         def select(self, timeout):
@@ -245,8 +263,9 @@ def test_the_thread_beats_every_second_looks_four_times_as_often_and_says_goodby
 
     monkeypatch.setattr(watch, "_selector", Selector())
     monkeypatch.setattr(watch, "_beat", lambda: beats.append(clock.now))
+    monkeypatch.setattr(watch, "_look_at_the_clock", clocks.append)
     watch._run()
-    assert beats == [100.0, 101.0, 102.0] and looked == [100 + i / 4 for i in range(12)]
+    assert beats == [100.0, 101.0, 102.0] and looked == clocks == [100 + i / 4 for i in range(12)]
     for line in there.values():
         assert line.receive() == ([{"bye": True}], False)
 
@@ -262,9 +281,20 @@ def test_a_rank_that_fails_prints_where_and_why_tells_the_others_and_ends_with_1
         with pytest.raises(Left, match="1"):
             watch.fail(error)
         assert watch._ending == {"failed": f"raised ValueError: {'x' * 500}"} and clock.slept == slept
-        assert watch._wake_out.recv(9) == b"."
+        assert watch._wake_out.recv(9) == b"." and clock.flushed == 1 + waiting
         said = capsys.readouterr().err.splitlines()
         assert said == ["rank 0 (dp=0) on alder: failed in step 5", f"ValueError: {'x' * 600}"]
+
+
+def test_a_goodbye_wakes_the_thread_and_waits_for_it(clock):
+    watch, _ = a_watch(0)
+    watch.close()
+    assert watch._ending == {"bye": True} and clock.slept == ["join 5.0"]
+    assert [key.fileobj for key, _ in watch._selector.select(timeout=0)] == [watch._wake_out]
+
+
+def test_statuses_tell_how_a_run_ended():
+    assert (watching.FAILED, watching.GAVE_UP, watching.LOST) == (1, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +326,7 @@ def test_two_ranks_watch_each_other_until_one_says_goodbye():
     zero = Watch(Assembly(0, HOSTS[:2], {1: Line(one)}, "token", ""), 60.0, "rank 0")
     other = Watch(Assembly(1, HOSTS[:2], {0: Line(two)}, "token", ""), 60.0, "rank 1")
     deadline = time.monotonic() + 30
-    while (zero.peers[0].moves, other.peers[0].moves) == (-1, -1) and time.monotonic() < deadline:
+    while None in (zero.peers[0].moves, other.peers[0].moves) and time.monotonic() < deadline:
         time.sleep(0.01)
     other.close()
     while zero.peers and time.monotonic() < deadline:
