@@ -1,6 +1,8 @@
 """The parts of train.py that a run of the command shows only in part: devices, the header, the sample, evaluation."""
 
+import contextlib
 import math
+import runpy
 import types
 from dataclasses import replace
 
@@ -18,8 +20,9 @@ from heiretsu.run.building import build_engine
 from heiretsu.run.device import find_device
 from heiretsu.run.options import parse_args
 from heiretsu.run.prepare import Prepared
+from heiretsu.run.resume import Origin
 from heiretsu.run.sampling import find_tokenizer, sample
-from tests.training import MIXTURE, dataset, run_config
+from tests.training import MIXTURE, TRAIN, dataset, run_config
 
 
 @pytest.fixture
@@ -180,3 +183,121 @@ def test_an_evaluation_is_the_mean_over_the_first_global_batches():
     alone = replace(config, dp=1, ep=1)
     found = evaluate(alone, abstract_mesh(), engine, data)
     assert found == {"eval_loss": pytest.approx(8 * math.log(2)), "eval_bits_per_byte": pytest.approx(2.0)}
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """train.py's functions, and what its parts were asked to do, in order; each of them is a fake."""
+    found = runpy.run_path(TRAIN)
+    did, mesh = [], types.SimpleNamespace(rank=0)
+    data = types.SimpleNamespace(digest=lambda: "digest")
+    hosts = types.SimpleNamespace(
+        only_dp_crosses=lambda: True, crossing=lambda: ["pp", "tp"], describe=lambda: ["hosts"]
+    )
+    mine = types.SimpleNamespace(
+        config=parse_args([]), device="a device", ops="ops", train_data=data, val_data="val", describe=lambda: "header"
+    )
+    state = types.SimpleNamespace(mine=mine, mesh=mesh, hosts=hosts, did=did, fails=None, origin=Origin("path", "ab12"))
+
+    def part(name, answer=None):
+        def do(*what, **named):
+            did.append((name, *(one for one in what if not callable(one)), *named.values()))
+            if state.fails == name:
+                raise ValueError(f"{name} failed")
+            for say in (one for one in what if callable(one)):
+                say(f"by {name}")
+            return answer
+
+        return do
+
+    @contextlib.contextmanager
+    def held_folder(*what):
+        part("held_folder")(*what)
+        yield
+        did.append("let go")
+
+    @contextlib.contextmanager
+    def together(*what):
+        did.append(("together", *what))
+        yield
+
+    fakes = {
+        "make_mesh": mesh, "find_origin": state.origin, "check_changes": None, "build_engine": "engine",
+        "read_batches": "batches", "tune_kernels": None, "gather_hosts": hosts, "restore": 7, "train": None,
+        "prepare": mine, "escape_what_cannot_be_printed": None,
+    }  # fmt: skip
+    names = found["run"].__globals__
+    for name, answer in fakes.items():
+        monkeypatch.setitem(names, name, part(name, answer))
+    monkeypatch.setitem(names, "held_folder", held_folder)
+    monkeypatch.setitem(names, "together", together)
+    state.run, state.main = found["run"], found["main"]
+    return state
+
+
+def test_a_run_takes_its_folders_builds_restores_and_trains(parts, capsys):
+    config, mesh, data = parts.mine.config, parts.mesh, parts.mine.train_data
+    parts.run(parts.mine)
+    facts = {"run_id": "ab12", "data": "digest"}
+    steps = [
+        ("make_mesh", 1, 1, 1, 1, "a device"),
+        ("held_folder", config, mesh),
+        ("find_origin", config, mesh),
+        ("check_changes", config, parts.origin, "digest"),
+        ("build_engine", config, mesh, "ops"),
+        ("gather_hosts", mesh),
+        ("restore", config, "engine", parts.origin),
+        ("train", config, mesh, "engine", data, "val", 7, facts),
+        "let go",
+    ]
+    assert parts.did == steps
+    said = ["by held_folder", "by find_origin", "by check_changes", "header", "hosts", "by restore"]
+    assert capsys.readouterr().out.splitlines() == said
+    parts.mesh.rank = 1
+    parts.did.clear()
+    parts.run(parts.mine)
+    assert parts.did == steps and capsys.readouterr().out == ""
+
+
+def test_kernels_are_tuned_with_the_first_batch_before_the_run_begins(parts):
+    parts.mine.config = replace(parts.mine.config, autotune=True)
+    parts.run(parts.mine)
+    data = parts.mine.train_data
+    read = ("read_batches", parts.mine.config, parts.mesh, data, 0)
+    at = parts.did.index(read)
+    assert parts.did[at - 1][0] == "build_engine" and parts.did[at + 1] == ("tune_kernels", "engine", "batches")
+
+
+@pytest.mark.parametrize("part", ["held_folder", "find_origin", "check_changes", "restore"])
+def test_what_a_user_can_mend_is_one_line_and_status_2(parts, capsys, monkeypatch, part):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    parts.fails = part
+    with pytest.raises(SystemExit) as stop:
+        parts.run(parts.mine)
+    assert stop.value.code == 2 and capsys.readouterr().err == f"train.py: error: {part} failed\n"
+    assert "train" not in {what[0] for what in parts.did}
+
+
+def test_checkpoints_of_hosts_that_share_no_folder_need_a_whole_model_on_the_first(parts, capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    parts.hosts.only_dp_crosses = lambda: False
+    parts.run(parts.mine)
+    parts.mine.config = replace(parts.mine.config, local_checkpoints=True)
+    with pytest.raises(SystemExit) as stop:
+        parts.run(parts.mine)
+    line = "train.py: error: --local_checkpoints: only dp may run between hosts, and here pp, tp does\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == line
+    parts.hosts.only_dp_crosses = lambda: True
+    parts.run(parts.mine)
+
+
+def test_a_rank_prepares_meets_the_others_and_runs(parts):
+    mine = parts.mine
+    mine.backend, mine.rank, mine.report = "gloo", 3, "report"
+    parts.main("config")
+    assert parts.did[:3] == [
+        ("escape_what_cannot_be_printed",),
+        ("prepare", "config"),
+        ("together", mine.config, "gloo", 3, "report"),
+    ]
+    assert parts.did[-2][0] == "train"
