@@ -13,9 +13,8 @@ import importlib
 import os
 import sys
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -34,8 +33,7 @@ _LEFT_OUT_BELOW = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
 _TABLES = {"html/entities.py", "re/_casefix.py"}
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Documents as tokens, each preceded by end-of-text.
 
     tokens: (N,) uint16. documents: their names, in order. num_bytes: of their text, without the end-of-text tokens.

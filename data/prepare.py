@@ -24,8 +24,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -50,8 +50,7 @@ _BEFORE_SPACE = re.compile(_NOT_SPACE + rb"(?=[ \t\r\n])")
 _BEFORE_NEWLINE = re.compile(_NOT_SPACE + rb"(?=[\r\n])")
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Bytes start to end of a file, for one split. `opens`: whether a document begins at `start`."""
 
     path: str
@@ -191,7 +190,7 @@ def _boundary(path, offset: int, end: int, separator: str | None, pattern: re.Pa
     with open(path, "rb") as file:
         while start < end:
             file.seek(start)
-            block = file.read(_BLOCK_BYTES + 2 * back)
+            block = file.read(_BLOCK_BYTES + back)
             for match in pattern.finditer(block):
                 if offset <= start + match.end() < end and not match[0].decode("utf-8", "replace").isspace():
                     return start + match.end()
@@ -199,7 +198,7 @@ def _boundary(path, offset: int, end: int, separator: str | None, pattern: re.Pa
     return end
 
 
-_encoding = functools.lru_cache(maxsize=1)(load_tokenizer)  # once in each worker
+_encoding = functools.cache(load_tokenizer)  # once in each worker
 
 
 def _encode(piece: Piece, tokenizer: str, vocab_dir: str | None, separator: str | None) -> tuple[np.ndarray, int, int]:

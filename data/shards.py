@@ -33,13 +33,13 @@ def read_shard(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(f"{path}: empty file (0 bytes), not a token shard; make it again with data/prepare.py")
     with open(path, "rb") as file:
         header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
-    num_tokens = _check_header(path, header, size)
+    _check_header(path, header, size)
     # A plain ndarray view: np.memmap's own slicing costs ten times as much per window.
-    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,)))
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
 
 
-def _check_header(path: Path, header: np.ndarray, size: int) -> int:
-    """Number of tokens that the header promises; ValueError unless `size`, the file's bytes, keeps the promise."""
+def _check_header(path: Path, header: np.ndarray, size: int) -> None:
+    """ValueError unless `size`, the file's bytes, is what the header promises."""
     first = int(header[:4].view("<i4")[0]) if len(header) >= 4 else None
     if first != MAGIC:
         found = "fewer than 4 bytes" if first is None else f"int32 {first}"
@@ -69,7 +69,6 @@ def _check_header(path: Path, header: np.ndarray, size: int) -> int:
             f"{path}: {what}: the header says {num_tokens} tokens ({HEADER_BYTES + 2 * num_tokens} bytes), "
             f"the file has {size} bytes, room for {held} tokens; copy or download it again"
         )
-    return num_tokens
 
 
 class ShardWriter:

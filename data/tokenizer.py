@@ -46,7 +46,7 @@ def load_tokenizer(name: str, vocab_dir: str | os.PathLike | None = None) -> tik
     if name == "bytes":
         return _encoding("bytes", _BYTE_PATTERN, {bytes([byte]): byte for byte in range(256)})
     files = {file: _read_from(Path(vocab_dir), file) if vocab_dir else _read_cached(file) for file in _GPT2_FILES}
-    ranks = _merge_ranks(files["vocab.bpe"], files["encoder.json"], vocab_dir or "the downloaded vocabulary")
+    ranks = _merge_ranks(files["vocab.bpe"], files["encoder.json"], vocab_dir)
     return _encoding("gpt2", _GPT2_PATTERN, ranks)
 
 
@@ -56,13 +56,7 @@ def _encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.Enco
         import tiktoken  # not at the top: who reads token shards needs none, and may be on a machine without it
     except ModuleNotFoundError as error:
         raise ValueError(f"--tokenizer {name}: tiktoken is not installed (pip install tiktoken)") from error
-    return tiktoken.Encoding(
-        name,
-        pat_str=pattern,
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: len(ranks)},
-        explicit_n_vocab=TOKENIZERS[name],
-    )
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:

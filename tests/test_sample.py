@@ -1,5 +1,6 @@
 """sample.py: text from the checkpoint of any mesh, the same every time, or one line that says what is wrong."""
 
+import importlib.util
 import json
 import runpy
 import subprocess
@@ -70,6 +71,41 @@ def test_a_checkpoint_is_read_against_its_checksums_once(capsys, dense, monkeypa
     monkeypatch.setattr(checkpoint_folder, "verify", lambda path, mesh=None: read.append(path))
     text(capsys, dense[0], "--num_tokens", "1")
     assert read == [dense[0] / "step_00000002"]
+
+
+def test_it_asks_for_the_device_that_its_flags_and_the_checkpoint_need(capsys, dense, monkeypatch):
+    asked, shown = [], []
+    monkeypatch.setattr(sample, "choose_device", lambda *args, **kwargs: asked.append((args, kwargs)) or "cpu")
+    monkeypatch.setattr(sample, "print", lambda *args, **kwargs: shown.append(kwargs.get("flush")), raising=False)
+    text(capsys, dense[0], "--num_tokens", "1", "--fused")
+    assert asked == [(("cpu",), {"fused": True, "float64": False})]
+    assert shown == [
+        True,
+        True,
+        True,
+        True,
+        None,
+    ]  # the text as it is made: what made it, the prompt, a token, the rest
+    monkeypatch.setattr(sample, "read_run", lambda path: {"config": {"dtype": "float64"}})
+    text(capsys, dense[0], "--num_tokens", "1")
+    assert asked[1:] == [(("cpu",), {"fused": False, "float64": True})]
+
+
+@pytest.mark.parametrize("script", ["sample.py", "convert.py", "data/prepare.py", "data/fineweb.py"])
+def test_what_is_not_installed_says_how_to(script, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name == "heiretsu" else real(name, *at))
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit, match=r"^heiretsu is not installed: run `pip install -e \.` "):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def test_convert_wants_a_direction(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["convert.py"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "convert.py"), run_name="__main__")
+    assert exit.value.code == 2
+    assert "convert.py: error: the following arguments are required: direction\n" in capsys.readouterr().err
 
 
 def test_a_seed_repeats_itself_and_another_does_not(capsys, dense):

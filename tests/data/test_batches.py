@@ -35,7 +35,7 @@ def test_targets_are_the_inputs_one_token_on():
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**40), st.lists(st.integers(0, 2**40), max_size=6), st.integers(-5, 2**70))
+@given(st.integers(0, 2**40), st.lists(st.integers(0, 2**62), max_size=6), st.integers(-5, 2**70))
 def test_sample_is_a_function_of_seed_step_and_index_alone(step, indices, seed):
     """However a batch is grouped, ordered or split over readers, and whatever was read before."""
     dataset = TokenDataset(counting(3000, 500), 8, seed, 3500)
@@ -60,6 +60,20 @@ def test_samples_do_not_change_between_releases():
     assert negative == starts(TokenDataset(counting(50_000), 8, 2**64 - 1, 50_000), 0, [0])[0] != large
 
 
+def test_all_64_bits_of_seed_step_and_index_count():
+    """None is rounded on its way: of the largest, too, the last bit gives another window."""
+    high = 2**64 - 2
+    for one, other in (
+        ((high, 0, 0), (high + 1, 0, 0)),
+        ((0, high, 0), (0, high + 1, 0)),
+        ((0, 0, high), (0, 0, high + 1)),
+    ):
+        first, second = (
+            starts(TokenDataset(counting(60_000), 8, seed, 60_000), step, [i]) for seed, step, i in (one, other)
+        )
+        assert first != second
+
+
 def test_the_digest_is_of_names_lengths_and_tokens(monkeypatch):
     """Of all tokens of a small set, of eight pieces of 32,768 of each shard of a large one. Checkpoints keep it."""
     shards = [("/a/one.bin", np.arange(60_000, dtype=np.uint16)), ("two.bin", np.arange(40_000, dtype=np.uint16))]
@@ -82,6 +96,9 @@ def test_the_digest_is_of_names_lengths_and_tokens(monkeypatch):
     starts = [[(last * i // 7, last * i // 7 + 32_768) for i in range(8)] for last in (27_232, 7_232)]
     assert digest(shards) == by_hand(starts)
     short = ("one.bin", np.arange(9, dtype=np.uint16))
+    shards.append(short)
+    assert digest(shards) == by_hand([*starts, [(0, 9)]])
+    shards.pop()
     assert digest([short, *shards]) != digest([("one.bin", short[1][::-1]), *shards])
 
 
@@ -244,7 +261,8 @@ def test_open_data_without_a_folder_is_the_embedded_corpus():
     window = bytes(train.batch(0, [0])[0][0].tolist())
     assert window in bytes(splits[0].tokens.clip(max=255).astype(np.uint8))
     assert val.bytes_per_token == splits[1].num_bytes / len(splits[1].tokens)
-    with pytest.raises(ValueError, match="embedded corpus .*: token id 256 at position 0 "):
+    assert train.names + val.names == ("embedded corpus (train)", "embedded corpus (validation)")
+    with pytest.raises(ValueError, match=r"embedded corpus \(train\): token id 256 at position 0 "):
         open_data(None, 64, 0, 256)
 
 

@@ -100,14 +100,10 @@ def test_any_library_folder_is_filtered_and_sorted_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "_language_reference", dict)
     monkeypatch.setattr(corpus, "MIN_BYTES", 1)
     wanted = {"ast.py": b"a\r\nb\r\n", "json/tool.py": b"c\n", "os.py": b"d"}
-    unwanted = [
-        "sitecustomize.py",
-        "site-packages/json/x.py",
-        "json/tests/y.py",
-        "test/z.py",
-        "os.txt",
-        "html/entities.py",
-    ]
+    unwanted = ["sitecustomize.py", "site-packages/json/x.py", "os.txt", "html/entities.py", "re/_casefix.py"]
+    unwanted += [f"{name}/x.py" for name in "distutils ensurepip idlelib lib2to3 test tkinter turtledemo".split()]
+    unwanted += ["encodings/x.py", "pydoc_data/x.py", "stringprep.py"]
+    unwanted += [f"json/{name}/x.py" for name in "test tests idle_test site-packages __pycache__".split()]
     for name in [*unwanted, *reversed(wanted)]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(wanted.get(name, b"unwanted"))
@@ -116,6 +112,34 @@ def test_any_library_folder_is_filtered_and_sorted_alike(tmp_path, monkeypatch):
     assert documents(train) == {"json/tool.py": b"c\n", "os.py": b"d"}
     assert list(documents(train)) == ["json/tool.py", "os.py"]
     assert documents(val) == {"ast.py": b"a\nb\n"}
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """Writes a library of one document in each split, of these bytes."""
+    monkeypatch.setattr(corpus, "_language_reference", dict)
+    monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+
+    def write(train: bytes, val: bytes):
+        (tmp_path / "os.py").write_bytes(train)
+        (tmp_path / "ast.py").write_bytes(val)
+
+    return write
+
+
+def test_half_a_megabyte_is_corpus_enough_and_a_byte_less_is_not(library):
+    library(b"x" * 499_990, b"y" * 10)
+    assert [split.num_bytes for split in load_corpus()] == [499_990, 10]
+    library(b"x" * 499_990, b"y" * 9)
+    with pytest.raises(ValueError, match="comes without the source of its standard library"):
+        load_corpus()
+
+
+def test_a_byte_that_is_no_text_is_replaced_where_an_encoding_wants_text(library, monkeypatch):
+    monkeypatch.setattr(corpus, "MIN_BYTES", 1)
+    library(b"caf\xe9", b"y")
+    assert documents(load_corpus(load_tokenizer("bytes"))[0]) == {"os.py": "caf\ufffd".encode()}
+    assert documents(load_corpus()[0]) == {"os.py": b"caf\xe9"}
 
 
 def test_python_without_the_reference_still_has_a_corpus(monkeypatch):

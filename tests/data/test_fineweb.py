@@ -1,5 +1,6 @@
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -77,6 +78,29 @@ def test_command_downloads_and_says_how_to_train(tmp_path, monkeypatch, capsys):
     fineweb.main(["1", "--out", str(tmp_path)])
     assert [name for name, _ in hub.calls] == ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]
     assert f"train.py --data_dir {tmp_path} --tokenizer gpt2" in capsys.readouterr().out
+
+
+def test_command_has_its_defaults_shows_progress_and_can_be_interrupted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", type("module", (), {"hf_hub_download": "fetch"}))
+    calls = []
+    monkeypatch.setattr(fineweb, "download", lambda *args, **kwargs: calls.append((args, kwargs)) or ["a", "b"])
+    fineweb.main(["7"])
+    assert calls == [((7, Path("data/fineweb10B"), "fetch"), {"progress": True})]
+    assert capsys.readouterr().out == (
+        "2 shards in data/fineweb10B; train on them with: python train.py --data_dir data/fineweb10B --tokenizer gpt2\n"
+    )
+    monkeypatch.setattr(fineweb, "download", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as exit:
+        fineweb.main(["7"])
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == "fineweb.py: interrupted; a second call continues from here\n"
+
+
+def test_progress_is_shown_where_it_is_asked_for(tmp_path, capsys):
+    fineweb.download(1, tmp_path, Hub())
+    assert capsys.readouterr().err == ""
+    fineweb.download(1, tmp_path, Hub(), progress=True)
+    assert "2/2" in capsys.readouterr().err
 
 
 def test_command_without_huggingface_hub_says_how_to_get_it(monkeypatch):

@@ -6,6 +6,7 @@ from heiretsu.data.folder import find_shards, first_chunks, read_meta, shard_nam
 
 COUNTS = {"tokens": 10, "bytes": 30, "documents": 2, "shards": 1}
 META = {"tokenizer": "gpt2", "vocab_size": 50257, "end_of_text": 50256, "splits": {"train": COUNTS, "val": COUNTS}}
+ZEROS = [("train", "tokens"), ("train", "bytes"), ("val", "tokens"), ("val", "bytes")]
 
 
 def make(folder, *names):
@@ -27,7 +28,7 @@ def test_shards_are_found_by_split_in_the_order_of_their_names(train, val, tmp_p
     make(
         tmp_path, *reversed(train), *reversed(val), "meta.json", "constrain.bin", "retrain_000000.bin", "evaluation.bin"
     )
-    found = find_shards(tmp_path)
+    found = find_shards(str(tmp_path))
     assert [path.name for path in found["train"]] == train
     assert [path.name for path in found["val"]] == val
 
@@ -87,7 +88,9 @@ def test_meta_reads_back_and_names_the_tokenizer(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"tokenizer": "gpt2"}', json.dumps(META)[:-3], json.dumps(META).replace("10", "0"), "null"],
+    ["", "[]", "{}", '{"tokenizer": "gpt2"}', json.dumps(META)[:-3], "null"]
+    + [json.dumps(META | change) for change in ({"tokenizer": 5}, {"vocab_size": 0})]
+    + [json.dumps(META | {"splits": META["splits"] | {split: COUNTS | {key: 0}}}) for split, key in ZEROS],
 )
 def test_damaged_meta_is_refused_by_name(content, tmp_path):
     (tmp_path / "meta.json").write_text(content)

@@ -1,5 +1,6 @@
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sysconfig
 import tempfile
 import time
 import unittest.mock
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -472,19 +474,87 @@ def test_few_pieces_wait_to_be_written(tmp_path, monkeypatch):
     under_way = []
 
     class Pool:
-        def __init__(self, workers, **_):
+        def __init__(self, workers, mp_context, initializer, initargs):
             assert workers == 2
+            assert mp_context.get_start_method() == "spawn"  # tqdm and tiktoken have threads
+            assert (initializer, initargs) == (signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
         def submit(self, encode, piece):
+            assert encode == "encode"
             under_way.append(piece)
             return unittest.mock.Mock(result=lambda: piece)
 
         def shutdown(self, cancel_futures):
             assert cancel_futures
+            under_way.append("shut down")
 
     monkeypatch.setattr(script, "ProcessPoolExecutor", Pool)
     most = 0
-    for count, (piece, result) in enumerate(script._in_order(None, iter(range(20)), 2)):
-        assert piece == result == count
+    for count, (piece, result) in enumerate(script._in_order("encode", range(20), 2)):
+        assert piece == result == count < 20
         most = max(most, len(under_way) - count)
-    assert most == 8 and count == 19
+    assert most == 8 and under_way == [*range(20), "shut down"]
+
+
+def test_workers_that_are_gone_when_more_is_asked_of_them_are_blamed_for_the_oldest_piece(monkeypatch):
+    pool = unittest.mock.Mock()
+    pool.submit.side_effect = [unittest.mock.Mock(), unittest.mock.Mock(), BrokenProcessPool()]
+    monkeypatch.setattr(script, "ProcessPoolExecutor", lambda *_, **__: pool)
+    pieces = [script.Piece("some.txt", start, start + 10, "train", False) for start in (10, 20, 30, 40)]
+    with pytest.raises(ValueError, match=r"^one of 2 worker .* byte 10 of some\.txt: try fewer --workers$"):
+        list(script._in_order(None, pieces, 2))
+
+
+def test_the_command_prints_the_counts_of_both_splits_and_its_progress(tmp_path, capsys):
+    texts = [
+        write(tmp_path / "a.txt", "é\n" * 900),
+        write(tmp_path / "b.txt", "!" * 1299),
+        write(tmp_path / "c.txt", "v"),
+    ]
+    train, val = map(str, texts[:2]), str(texts[2])
+    flags = ["--tokenizer", "bytes", "--workers", "1", "--val_files", val, "--shard_tokens", "9", "--out"]
+    script.main([*train, *flags, str(tmp_path / "out")])
+    shown = capsys.readouterr()
+    assert shown.out == (
+        "train: 4,001 tokens, 1.000 bytes a token, 2 documents, 444 shard(s)\n"
+        "val: 2 tokens, 0.500 bytes a token, 1 documents, 1 shard(s)\n"
+        f"train on it with: python train.py --data_dir {tmp_path / 'out'} --tokenizer bytes\n"
+    )
+    assert re.search(r"bytes: 100%\|[^|]*\| 4\.00k/4\.00k \[[^]]*B/s\]\n$", shown.err)
+    call(tmp_path, out=tmp_path / "silent")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_counts_each_piece_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "PIECE_BYTES", 1000)
+    call(tmp_path, files=[write(tmp_path / "a.txt", "word\n" * 1000)], progress=True)
+    assert " 5.00k/5.00k [" in capsys.readouterr().err
+
+
+def test_a_first_file_gives_the_training_split_a_line_at_least(tmp_path):
+    call(tmp_path, files=[write(tmp_path / "a.txt", "a\nb\nc\n")], val_fraction=0.99)
+    assert tokens_of(tmp_path / "out", "train") == [EOT, *b"a"]
+    assert tokens_of(tmp_path / "out", "val") == [EOT, *b"\nb\nc\n"]
+
+
+@pytest.mark.parametrize("separator, mark", [(None, "😀 "), ("<|end|>", "<|end|>")])
+def test_a_cut_is_found_wherever_it_lies_in_what_is_read_at_a_time(separator, mark, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "_BLOCK_BYTES", 16)
+    for before in range(60):
+        path = write(tmp_path / "a.txt", "x" * before + mark + "y")
+        at = before + (0 if separator else 4)
+        for offset in {1, max(at, 1)}:
+            if at:
+                assert script._boundary(path, offset, path.stat().st_size, separator, script._BEFORE_SPACE) == at
+
+
+def test_a_cut_may_follow_bytes_that_are_no_text(tmp_path):
+    """A surrogate: refused with its place when it is read, as it would be anywhere."""
+    path = write(tmp_path / "a.txt", b"\xed\xa0\x80 b")
+    assert script._boundary(path, 1, 5, None, script._BEFORE_SPACE) == 3
+
+
+def test_a_worker_sends_back_two_bytes_a_token(tmp_path):
+    path = write(tmp_path / "a.txt", "word")
+    tokens, num_bytes, num_documents = script._encode(script.Piece(str(path), 0, 4, "train", True), "bytes", None, None)
+    assert tokens.dtype == np.uint16 and tokens.tolist() == [EOT, *b"word"] and (num_bytes, num_documents) == (4, 1)

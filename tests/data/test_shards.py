@@ -135,13 +135,14 @@ def test_empty_shard_is_not_written(tmp_path):
 @pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_interrupted_writer_leaves_the_earlier_shard_and_nothing_else(interruption, tmp_path):
     path = tmp_path / "a.bin"
-    write_shard(path, [1, 2, 3])
+    write_shard(str(path), [1, 2, 3])
     with pytest.raises(interruption):
         with ShardWriter(path) as shard:
             shard.append([4, 5])
             raise interruption
-    assert read_shard(path).tolist() == [1, 2, 3]
+    assert read_shard(str(path)).tolist() == [1, 2, 3]
     assert list(tmp_path.iterdir()) == [path]
+    assert shard._file.closed
 
 
 @pytest.mark.parametrize("position", [0, 9, 10, 24])

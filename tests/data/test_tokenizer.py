@@ -1,7 +1,10 @@
 import hashlib
+import json
 import shutil
 import socket
+import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -117,10 +120,44 @@ def test_a_panic_of_tiktoken_is_an_error():
 
     class Panics:
         def encode_ordinary(self, text):
-            raise PanicException("called `Result::unwrap()` on an `Err` value")
+            raise PanicException("pani" * 30)
 
-    with pytest.raises(ValueError, match="tiktoken gave up on 4 characters"):
-        tokenizer.encode(Panics(), "text")
+    with pytest.raises(ValueError, match=r"^tiktoken gave up on 1,004 characters \('(pani){20}'\)$"):
+        tokenizer.encode(Panics(), "text" * 251)
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_any_other_error_of_tiktoken_is_passed_on(error):
+    with pytest.raises(error):
+        tokenizer.encode(Mock(encode_ordinary=Mock(side_effect=error)), "text")
+
+
+def test_what_a_server_refuses_is_not_taken_for_the_vocabulary(vocab_dir, tmp_path, monkeypatch):
+    def get(url, timeout):
+        refusal = requests.HTTPError("404 Not Found")
+        content = (vocab_dir / url.rpartition("/")[2]).read_bytes()
+        return Mock(content=content, raise_for_status=Mock(side_effect=refusal))
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(requests, "get", get)
+    with pytest.raises(ValueError, match=r"vocab\.bpe \(404 Not Found\)\. Supply it with --vocab_dir DIR"):
+        load_tokenizer("gpt2")
+
+
+def test_a_vocabulary_of_bytes_alone_is_not_gpt2(vocab_dir, tmp_path):
+    """The two files belong together, and are too small."""
+    ids = json.loads((vocab_dir / "encoder.json").read_text(encoding="utf-8"))
+    (tmp_path / "encoder.json").write_text(json.dumps({key: rank for key, rank in ids.items() if rank < 256}))
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n")
+    told = rf"^{tmp_path}: encoder\.json \(256 tokens\) and vocab\.bpe \(0 merges\) do not belong together or are not"
+    with pytest.raises(ValueError, match=told):
+        load_tokenizer("gpt2", tmp_path)
+
+
+def test_without_tiktoken_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(ValueError, match=r"^--tokenizer bytes: tiktoken is not installed \(pip install tiktoken\)$"):
+        load_tokenizer("bytes")
 
 
 def test_gpt2_comes_from_the_cache_of_tiktoken_without_a_network(cache, no_network):
@@ -149,7 +186,7 @@ def test_download_is_checked_and_kept_for_the_next_time(vocab_dir, tmp_path, mon
         asked.append(url)
         return Answer((vocab_dir / url.rpartition("/")[2]).read_bytes())
 
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "new"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "new" / "deep"))
     monkeypatch.setattr(requests, "get", lambda url, timeout: Answer(b"<html>please log in</html>"))
     with pytest.raises(ValueError, match="not the published file"):
         load_tokenizer("gpt2")
@@ -157,7 +194,7 @@ def test_download_is_checked_and_kept_for_the_next_time(vocab_dir, tmp_path, mon
     for _ in range(2):
         assert load_tokenizer("gpt2").encode("Hello world") == [15496, 995]
     assert len(asked) == 2
-    assert len(list((tmp_path / "new").iterdir())) == 2
+    assert len(list((tmp_path / "new" / "deep").iterdir())) == 2
 
 
 def test_without_a_network_the_error_says_how_to_supply_the_vocabulary(tmp_path, monkeypatch, no_network):
