@@ -8,6 +8,8 @@ scores at a time, draw only that part of the mask that is seen, and keep one byt
 B batch, H heads, Hkv key heads, T queries, S keys, D head dim.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -31,7 +33,7 @@ def attention(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=(
     """`plain.attention` on the CPU."""
     reverse_mode_only("attention", q, k, v)
     square = q.shape[:3] == k.shape[:3]
-    if square and dropout_p == 0.0 and q.numel() > 0 and (q.itemsize > 2 or q.shape[2] <= EXACT_LENGTH):
+    if square and dropout_p == 0.0 and q.numel() > 0 and q.itemsize == 2 and q.shape[2] <= EXACT_LENGTH:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     return _attention(q, k, v, *attention_options(q, causal, scale, dropout_p, seed, offsets))[0]
 
@@ -92,13 +94,20 @@ def _attention_backward(
     dout, q, k, v = map(_unit_stride, (dout, q, k, v))
     blind = _blind_rows(q, k, causal)
     wide = at_least_float32(q.dtype)
+    if q.dtype == wide and q.shape[1] == k.shape[1] and blind == 0 and dlse is None and dropout_p == 0.0:
+        all_three = _flash_gradients(dout, dlse, q, k, v, out, lse, causal, scale)  # nothing to add up
+        wanted = (need_dq, need_dkdv, need_dkdv)
+        return tuple(grad if need else q.new_empty(0) for grad, need in zip(all_three, wanted, strict=True))
     sums = [t.new_zeros(t.shape, dtype=wide) if need else None for t, need in ((q, need_dq), *[(k, need_dkdv)] * 2)]
     for heads in _groups(q, k):
         dout_, q_, out_, lse_ = (t[:, heads, blind:] for t in (dout, q, out, lse))
         dlse_ = None if dlse is None else dlse[:, heads, blind:]
         sums_ = (sums[0][:, heads, blind:] if need_dq else None, *sums[1:])
         if dropout_p == 0.0:
-            _flash_gradients(dout_, dlse_, q_, k, v, out_, lse_, causal, scale, sums_)
+            grads = _flash_gradients(dout_, dlse_, q_, k, v, out_, lse_, causal, scale)
+            for total, grad in zip(sums_, grads, strict=True):
+                if total is not None:
+                    total += grad
         else:
             keep_ = keep[:, heads, blind:]
             _backward_blocks(dout_, dlse_, q_, k, v, lse_, keep_, causal, scale, dropout_p, *sums_)
@@ -161,14 +170,18 @@ def _flash_mask(q, k, causal):
     return False, q.new_zeros(T, S).masked_fill_(hidden, -torch.inf)
 
 
-def _flash_gradients(dout, dlse, q, k, v, out, lse, causal, scale, sums):
-    """Add dq, dk, dv of ATen's flash backward to `sums`, of which those may be None that are not needed.
+def _flash_gradients(dout, dlse, q, k, v, out, lse, causal, scale):
+    """dq, dk, dv of ATen's flash backward, and of `_add_row_gradients` for the rows that it gets wrong.
 
-    That has no gradient of lse. It computes ds = p (dout v^T - rowsum(dout out)). A column dlse appended to dout, 1 to
-    v and 0 to out makes that p (dout v^T + dlse - rowsum(dout out)). Two such columns hold a float32 dlse beside 16-bit
+    There is none for lse: it computes ds = p (dout v^T - rowsum(dout out)). A column dlse appended to dout, 1 to v and
+    0 to out makes that p (dout v^T + dlse - rowsum(dout out)). Two such columns hold a float32 dlse beside 16-bit
     operands.
     """
     D = q.shape[3]
+    operands = dout, dlse, q, k, v
+    hot = _one_hot_rows(q, k, v, out, lse, causal, scale) if q.itemsize > 2 else None
+    if hot is not None:
+        lse = lse.masked_fill(hot, torch.inf)  # p = 0 and ds = 0
     if dlse is not None:
         high = dlse.to(q.dtype)
         rest = (dlse - high).to(q.dtype)
@@ -179,9 +192,60 @@ def _flash_gradients(dout, dlse, q, k, v, out, lse, causal, scale, sums):
         dout, q, k, v, out = (t.float() for t in (dout, q, k, v, out))
     is_causal, mask = _flash_mask(q, k, causal)
     grads = _flash_backward(dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
-    for total, grad in zip(sums, grads, strict=True):
-        if total is not None:
-            total += grad[..., :D]
+    grads = [grad[..., :D] for grad in grads]
+    if hot is not None:
+        _add_row_gradients(hot, *operands, causal, scale, *grads)
+    return grads
+
+
+def _one_hot_rows(q, k, v, out, lse, causal, scale):
+    """Mask (B, H, T) of all rows where one key's probability rounds to 1, and some others; None where there are none.
+
+    In such a row ds should be 0, and ATen's is what two orders of the sum in dp and delta differ by: some ulps of
+    |dout| |v|, which scores of 1e4 make visible in dq and dk. Of any four keys that it sees, three must be far below
+    its lse, which costs a hundredth of the backward to ask; and its out must be a row of v, of which the sums tell. A
+    causal first row has one key whatever its score: it is left to ATen unless the score is large.
+    """
+    T, S = q.shape[2], k.shape[2]
+    if S == 1:
+        return torch.ones_like(lse, dtype=torch.bool)
+    eps = torch.finfo(q.dtype).eps
+    far = -math.log(eps)
+    s = F.pad((q @ k[:, :, :4].mT).mul_(scale), (0, max(0, 4 - S)), value=-torch.inf)
+    if causal:
+        s.masked_fill_(s.new_ones(T, 4, dtype=torch.bool).triu_(S - T + 1), -torch.inf)
+    low, high = s.unflatten(-1, (2, 2)).aminmax(dim=-1)
+    second = torch.maximum(low.amax(-1), high.amin(-1))  # the second largest of the four
+    hot = lse - second > far
+    if causal and T == S:
+        hot[:, :, 0] = lse[:, :, 0].abs() > far
+    if not hot.any():
+        return None
+    sums, known = out.sum(-1), v.sum(-1).sort(-1).values
+    near = 4 * eps * v.abs().sum(-1).amax()
+    hot &= torch.searchsorted(known, sums + near, right=True) > torch.searchsorted(known, sums - near)
+    return hot if hot.any() else None
+
+
+def _add_row_gradients(hot, dout, dlse, q, k, v, causal, scale, dq, dk, dv):
+    """Add what the rows of the mask `hot` give, computed as plain does."""
+    S, shift = k.shape[2], k.shape[2] - q.shape[2]
+    for b, h in hot.any(-1).nonzero().tolist():
+        for rows in hot[b, h].nonzero()[:, 0].split(max(16, BLOCK_SCORES // S)):
+            keys = slice(0, int(rows[-1]) + shift + 1 if causal else S)
+            q_, k_, v_, dout_ = q[b, h, rows], k[b, h, keys], v[b, h, keys], dout[b, h, rows]
+            s = (q_ @ k_.T).mul_(scale)
+            if causal:
+                s.masked_fill_(torch.arange(keys.stop, device="cpu") > rows[:, None] + shift, -torch.inf)
+            p = s.softmax(-1)
+            ds = dout_ @ v_.T
+            ds -= (p * ds).sum(-1, keepdim=True)
+            if dlse is not None:
+                ds += dlse[b, h, rows, None]
+            ds.mul_(p).mul_(scale)
+            dq[b, h, rows] += ds @ k_
+            dk[b, h, keys] += ds.T @ q_
+            dv[b, h, keys] += p.T @ dout_
 
 
 def _blocks(q, k, causal):

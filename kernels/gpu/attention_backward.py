@@ -10,9 +10,10 @@ queries and walks over the keys. Each gradient element has one writer and one or
 atomics, for 7 matrix products a block where one pass with atomics has 5. Under dropout with keep mask z, p is replaced
 by p * z / (1 - p_drop) in dv, and dp by dp * z / (1 - p_drop); delta stays as it is.
 
-Where one key carries all of a row, ds should be 0 and is what two orders of the sum in dp and delta differ by, some
-ulps of |dout| |v|. p cannot tell such rows: with scores of 200 and 1 - p = 3e-6 it is 1 in float32, and to set ds to 0
-there made dq wrong by three quarters of its size, where it is off by 3 %.
+Where one key carries all of a row, ds is 0 if dp and delta are the same sum of the same terms. Of operands of 32 bits
+delta is therefore the diagonal of a product dout out^T, made as dp is; in another order the two differ by some ulps of
+|dout| |v|, which scores of 1e4 carry into dk. p cannot tell such rows: with scores of 200 and 1 - p = 3e-6 it is 1 in
+float32, and to set ds to 0 there made dq wrong by three quarters of its size, where it is off by 3 %.
 
 B batch, H heads, Hkv key heads, T queries, S keys, D head dim.
 """
@@ -21,7 +22,18 @@ import torch
 import triton
 import triton.language as tl
 
-from heiretsu.kernels.gpu.attention_tiles import LOG2_E, block_d, dot, dot_add, keep_mask, load_rows, store_rows
+from heiretsu.kernels.gpu.attention_tiles import (
+    LOG2_E,
+    block_d,
+    dot,
+    dot_add,
+    exponential,
+    keep_mask,
+    load_rows,
+    row_dots,
+    scaled,
+    store_rows,
+)
 from heiretsu.kernels.gpu.launch import Tiles, on_every_gpu, tile
 from heiretsu.kernels.random import Dropout
 
@@ -30,6 +42,13 @@ DELTA = Tiles(
     "attention_delta",
     on_every_gpu({64: dict(BLOCK_M=64, num_warps=4, num_stages=1), 256: dict(BLOCK_M=16, num_warps=4, num_stages=1)})
     | {"interpreter": {None: dict(BLOCK_M=64, num_warps=4, num_stages=1)}},
+    fp32=on_every_gpu(  # as dkdv's: no spills, and 2 to 12 programs on an SM
+        {
+            64: dict(BLOCK_M=32, num_warps=4, num_stages=1),
+            128: dict(BLOCK_M=32, num_warps=8, num_stages=1),
+            256: dict(BLOCK_M=16, num_warps=4, num_stages=1),
+        }
+    ),
 )
 _FP32 = {64: tile(32, 32, 4, 1), 128: tile(32, 32, 8, 1), 256: tile(16, 16, 4, 1)}  # 108 to 255 registers, no spills
 _DKDV_FP32 = {D: chosen | {"DV_FIRST": True} for D, chosen in _FP32.items()}
@@ -132,7 +151,7 @@ def _delta_kernel(
     lse_ptr,  # (B, H, T), contiguous
     dlse_ptr,  # (B, H, T), or None
     delta_ptr,  # (B, H, T), contiguous: rowsum(dout * out) - dlse
-    lse_log2_ptr,  # (B, H, T), contiguous: lse * log2(e)
+    row_lse_ptr,  # (B, H, T), contiguous: lse in the base of `scaled`
     stride_ob, stride_oh, stride_ot, stride_od,
     stride_lb, stride_lh, stride_lt,
     H, T,
@@ -146,21 +165,23 @@ def _delta_kernel(
     out = load_rows(out_ptr + (batch * T * H + head) * D, first, T, H * D, 1, BLOCK_M, True, D, BLOCK_D)
     dout_ptr += batch * stride_ob + head * stride_oh
     dout = load_rows(dout_ptr, first, T, stride_ot, stride_od, BLOCK_M, True, D, BLOCK_D)
-    delta = tl.sum(out.to(dtype) * dout.to(dtype), 1)
+    WIDE: tl.constexpr = dout.dtype.primitive_bitwidth > 16
+    delta = row_dots(dout, out) if WIDE else tl.sum(out.to(dtype) * dout.to(dtype), 1)
     rows = first + tl.arange(0, BLOCK_M)
     if dlse_ptr is not None:
         dlse_ptr += batch * stride_lb + head * stride_lh
         delta -= tl.load(dlse_ptr + rows.to(tl.int64) * stride_lt, mask=rows < T, other=0.0)
     at = (batch * H + head) * T + rows
     tl.store(delta_ptr + at, delta, mask=rows < T)
-    tl.store(lse_log2_ptr + at, tl.load(lse_ptr + at, mask=rows < T, other=0.0) * LOG2_E, mask=rows < T)
+    lse = tl.load(lse_ptr + at, mask=rows < T, other=0.0)
+    tl.store(row_lse_ptr + at, lse if WIDE else lse * LOG2_E, mask=rows < T)
 
 
 @triton.jit
 def _dkdv_of_queries(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_log2_ptr, delta_ptr, stride_qh, stride_qt, stride_qd, stride_oh, stride_ot,
+    dk, dv, k, v, q_ptr, dout_ptr, row_lse_ptr, delta_ptr, stride_qh, stride_qt, stride_qd, stride_oh, stride_ot,
     stride_od, start, end, num_diagonal, tail, first_key, T, shift, seed, head, batch, GROUP: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, SCALE_LOG2: tl.constexpr, DROP_BELOW: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, SCALE: tl.constexpr, DROP_BELOW: tl.constexpr,
     KEEP_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DV_FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -170,6 +191,7 @@ def _dkdv_of_queries(
     Works on transposed tiles (keys, queries), so that p and ds are left operands as they come out of the registers.
     MASKED: the first num_diagonal blocks from start are counted up, every further one is the block `tail`.
     """
+    WIDE: tl.constexpr = k.dtype.primitive_bitwidth > 16
     keys = first_key + tl.arange(0, BLOCK_N)
     # One loop over the blocks of all heads: nested in a loop over heads, it spilled 120 to 700 bytes a thread.
     num_blocks = tl.maximum(end - start, 0)
@@ -188,12 +210,12 @@ def _dkdv_of_queries(
         dp = dot(v, dout.T)  # right after s: no spills on H100 at D128, where s, p, dp in order of use spills 72 bytes
         at = skip * T + rows
         if MASKED:
-            lse_log2 = tl.load(lse_log2_ptr + at, mask=rows < T, other=float("inf"))  # makes p = 0 beyond T
+            lse = tl.load(row_lse_ptr + at, mask=rows < T, other=float("inf"))  # makes p = 0 beyond T
             delta = tl.load(delta_ptr + at, mask=rows < T, other=0.0)
         else:
-            lse_log2 = tl.load(lse_log2_ptr + at)
+            lse = tl.load(row_lse_ptr + at)
             delta = tl.load(delta_ptr + at)
-        p = tl.exp2(s * SCALE_LOG2 - lse_log2[None, :])
+        p = exponential(scaled(s, SCALE, WIDE) - lse[None, :], WIDE)
         if MASKED and CAUSAL:
             p = tl.where(keys[:, None] <= rows[None, :] + shift, p, 0.0)
         dropped = p
@@ -213,7 +235,7 @@ def _dkdv_of_queries(
 @triton.jit(do_not_specialize=["H", "T", "S", "seed", "batch_offset", "head_offset"])
 def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr,  # as in the forward kernel; dout (B, H, T, D)
-    lse_log2_ptr, delta_ptr,  # (B, H, T), contiguous
+    row_lse_ptr, delta_ptr,  # (B, H, T), contiguous
     dk_ptr, dv_ptr,  # (B, S, Hkv, D), contiguous
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
@@ -253,18 +275,18 @@ def _dkdv_kernel(
     head = kv * GROUP  # the first of the group
     q_ptr += batch * stride_qb + head * stride_qh
     dout_ptr += batch * stride_ob + head * stride_oh
-    lse_log2_ptr += (batch * H + head) * T
+    row_lse_ptr += (batch * H + head) * T
     delta_ptr += (batch * H + head) * T
     dk, dv = _dkdv_of_queries(
-        dk, dv, k, v, q_ptr, dout_ptr, lse_log2_ptr, delta_ptr, stride_qh, stride_qt, stride_qd, stride_oh, stride_ot,
+        dk, dv, k, v, q_ptr, dout_ptr, row_lse_ptr, delta_ptr, stride_qh, stride_qt, stride_qd, stride_oh, stride_ot,
         stride_od, first_block, masked_end, num_diagonal, whole, first_key, T, shift, seed,
-        key_head * GROUP + head_offset, b + batch_offset, GROUP, True, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE,
+        key_head * GROUP + head_offset, b + batch_offset, GROUP, True, CAUSAL, SCALE, DROP_BELOW, KEEP_SCALE,
         D, BLOCK_M, BLOCK_N, BLOCK_D, DV_FIRST,
     )  # fmt: skip
     dk, dv = _dkdv_of_queries(
-        dk, dv, k, v, q_ptr, dout_ptr, lse_log2_ptr, delta_ptr, stride_qh, stride_qt, stride_qd, stride_oh, stride_ot,
+        dk, dv, k, v, q_ptr, dout_ptr, row_lse_ptr, delta_ptr, stride_qh, stride_qt, stride_qd, stride_oh, stride_ot,
         stride_od, unmasked, whole, num_diagonal, whole, first_key, T, shift, seed,
-        key_head * GROUP + head_offset, b + batch_offset, GROUP, False, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE,
+        key_head * GROUP + head_offset, b + batch_offset, GROUP, False, CAUSAL, SCALE, DROP_BELOW, KEEP_SCALE,
         D, BLOCK_M, BLOCK_N, BLOCK_D, DV_FIRST,
     )  # fmt: skip
     at = (batch * S * num_key_heads + kv) * D
@@ -274,17 +296,18 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dq_of_keys(
-    dq, q, dout, lse_log2, delta, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, start, end, rows, S, shift,
-    seed, head, batch, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SCALE_LOG2: tl.constexpr, DROP_BELOW: tl.constexpr,
+    dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, start, end, rows, S, shift,
+    seed, head, batch, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SCALE: tl.constexpr, DROP_BELOW: tl.constexpr,
     KEEP_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add what keys start .. end-1 give to dq (still without the scale)."""
+    WIDE: tl.constexpr = q.dtype.primitive_bitwidth > 16
     for n in range(start, end, BLOCK_N):
         k = load_rows(k_ptr, n, S, stride_ks, stride_kd, BLOCK_N, MASKED, D, BLOCK_D)
         v = load_rows(v_ptr, n, S, stride_vs, stride_vd, BLOCK_N, MASKED, D, BLOCK_D)
         cols = n + tl.arange(0, BLOCK_N)
         s = dot(q, k.T)
-        p = tl.exp2(s * SCALE_LOG2 - lse_log2[:, None])
+        p = exponential(scaled(s, SCALE, WIDE) - lse[:, None], WIDE)
         if MASKED:
             visible = (cols < S)[None, :]
             if CAUSAL:
@@ -302,7 +325,7 @@ def _dq_of_keys(
 @triton.jit(do_not_specialize=["H", "T", "S", "seed", "batch_offset", "head_offset"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr,  # as in the forward kernel; dout (B, H, T, D)
-    lse_log2_ptr, delta_ptr,  # (B, H, T), contiguous
+    row_lse_ptr, delta_ptr,  # (B, H, T), contiguous
     dq_ptr,  # (B, T, H, D), contiguous
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
@@ -329,7 +352,7 @@ def _dq_kernel(
         dout_ptr + batch * stride_ob + head * stride_oh, first, T, stride_ot, stride_od, BLOCK_M, True, D, BLOCK_D
     )
     at = (batch * H + head) * T + rows
-    lse_log2 = tl.load(lse_log2_ptr + at, mask=rows < T, other=float("inf"))  # makes p = 0 beyond T
+    lse = tl.load(row_lse_ptr + at, mask=rows < T, other=float("inf"))  # makes p = 0 beyond T
     delta = tl.load(delta_ptr + at, mask=rows < T, other=0.0)
 
     shift = S - T  # query i sees keys 0 .. i + shift
@@ -340,13 +363,13 @@ def _dq_kernel(
     whole = seen_by_all // BLOCK_N * BLOCK_N
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype)
     dq = _dq_of_keys(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, 0, whole, rows, S,
-        shift, seed, h + head_offset, b + batch_offset, False, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE,
+        dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, 0, whole, rows, S,
+        shift, seed, h + head_offset, b + batch_offset, False, CAUSAL, SCALE, DROP_BELOW, KEEP_SCALE,
         D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _dq_of_keys(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, whole, end, rows, S,
-        shift, seed, h + head_offset, b + batch_offset, True, CAUSAL, SCALE * LOG2_E, DROP_BELOW, KEEP_SCALE,
+        dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, whole, end, rows, S,
+        shift, seed, h + head_offset, b + batch_offset, True, CAUSAL, SCALE, DROP_BELOW, KEEP_SCALE,
         D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     store_rows(dq_ptr + (batch * T * H + head) * D, dq * SCALE, first, T, H * D, BLOCK_M, D, BLOCK_D)
@@ -358,10 +381,10 @@ def backward(
     """dq (B, H, T, D) and dk, dv (B, Hkv, S, D), each in memory layout (B, length, heads, D); None where not needed."""
     B, H, T, D = q.shape
     Hkv, S = k.shape[1:3]
-    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
+    delta, row_lse = torch.empty_like(lse), torch.empty_like(lse)
     dq = q.new_empty(B, T, H, D).transpose(1, 2) if need_dq else None
     dk, dv = (k.new_empty(B, S, Hkv, D).transpose(1, 2) if need_dkdv else None for _ in range(2))
-    shared = (q, k, v, dout, lse_log2, delta)
+    shared = (q, k, v, dout, row_lse, delta)
     strides = (*q.stride(), *k.stride(), *v.stride(), *dout.stride())
     scalars = (H, T, S, dropout.seed, dropout.batch_offset, dropout.head_offset)
     constants = dict(GROUP=H // Hkv, CAUSAL=causal, SCALE=scale, DROP_BELOW=dropout.drop_below,
@@ -369,7 +392,7 @@ def backward(
     chosen = DELTA.parameters(q.device, D, q.itemsize)
     chosen.launch(
         _delta_kernel, (triton.cdiv(T, chosen["BLOCK_M"]) * B * H,),
-        out, dout, lse, dlse, delta, lse_log2, *dout.stride(), *((0, 0, 0) if dlse is None else dlse.stride()),
+        out, dout, lse, dlse, delta, row_lse, *dout.stride(), *((0, 0, 0) if dlse is None else dlse.stride()),
         H, T, D=D, BLOCK_D=block_d(D),
     )  # fmt: skip
     if need_dkdv:

@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels.dtypes import at_least_float32
-from heiretsu.kernels.gpu.attention_tiles import LN_2, LOG2_E, block_d, dot, dot_add, keep_mask, load_rows, store_rows
+from heiretsu.kernels.gpu.attention_tiles import (
+    LN_2,
+    block_d,
+    dot,
+    dot_add,
+    exponential,
+    keep_mask,
+    load_rows,
+    scaled,
+    store_rows,
+)
 from heiretsu.kernels.gpu.launch import Tiles, on_every_gpu, tile
 from heiretsu.kernels.random import Dropout
 
@@ -83,10 +93,11 @@ TILES = Tiles(
 @triton.jit
 def _attend(
     acc, row_max, row_sum, q, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, start, end, rows, S, shift,
-    seed, head, batch, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SCALE_LOG2: tl.constexpr, DROP_BELOW: tl.constexpr,
+    seed, head, batch, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SCALE: tl.constexpr, DROP_BELOW: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Fold keys start .. end-1 into (acc, row_max, row_sum)."""
+    WIDE: tl.constexpr = q.dtype.primitive_bitwidth > 16
     for n in range(start, end, BLOCK_N):
         k = load_rows(k_ptr, n, S, stride_ks, stride_kd, BLOCK_N, MASKED, D, BLOCK_D)
         s = dot(q, k.T)
@@ -95,15 +106,15 @@ def _attend(
             visible = (cols < S)[None, :]
             if CAUSAL:
                 visible &= cols[None, :] <= rows[:, None] + shift
-            s = tl.where(visible, s * SCALE_LOG2, -float("inf"))
+            s = tl.where(visible, scaled(s, SCALE, WIDE), -float("inf"))
             new_max = tl.maximum(row_max, tl.max(s, 1))
             origin = tl.where(new_max == -float("inf"), 0.0, new_max)  # a row that has seen nothing: 2^(-inf - 0) = 0
-            p = tl.exp2(s - origin[:, None])
+            p = exponential(s - origin[:, None], WIDE)
         else:
-            new_max = tl.maximum(row_max, tl.max(s, 1) * SCALE_LOG2)
+            new_max = tl.maximum(row_max, scaled(tl.max(s, 1), SCALE, WIDE))
             origin = new_max
-            p = tl.exp2(s * SCALE_LOG2 - new_max[:, None])  # one fma and one exp2 an element
-        rescale = tl.exp2(row_max - origin)
+            p = exponential(scaled(s, SCALE, WIDE) - new_max[:, None], WIDE)  # 16 bits: one fma and one exp2 an element
+        rescale = exponential(row_max - origin, WIDE)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
         if DROP_BELOW > 0:
@@ -155,15 +166,16 @@ def _forward_kernel(
     row_sum = tl.zeros([BLOCK_M], dtype)
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, 0, whole, rows, S, shift,
-        seed, h + head_offset, b + batch_offset, False, CAUSAL, SCALE * LOG2_E, DROP_BELOW, D, BLOCK_N, BLOCK_D,
+        seed, h + head_offset, b + batch_offset, False, CAUSAL, SCALE, DROP_BELOW, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, k_ptr, v_ptr, stride_ks, stride_kd, stride_vs, stride_vd, whole, end, rows, S, shift,
-        seed, h + head_offset, b + batch_offset, True, CAUSAL, SCALE * LOG2_E, DROP_BELOW, D, BLOCK_N, BLOCK_D,
+        seed, h + head_offset, b + batch_offset, True, CAUSAL, SCALE, DROP_BELOW, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # a row that sees nothing: out 0 and lse -inf
-    lse = (row_max + tl.log2(row_sum)) * LN_2
+    WIDE: tl.constexpr = q.dtype.primitive_bitwidth > 16
+    lse = row_max + tl.log2(row_sum) * LN_2 if WIDE else (row_max + tl.log2(row_sum)) * LN_2
     tl.store(lse_ptr + (batch * H + head) * T + rows, lse, mask=rows < T)
     acc = acc * (KEEP_SCALE / row_sum)[:, None]
     out_ptr += (batch * T * H + head) * D

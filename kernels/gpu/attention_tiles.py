@@ -47,9 +47,33 @@ def dot(a, b):
 
 
 @triton.jit
+def row_dots(a, b):
+    """rowsum(a * b), each summed as `dot` sums: what `dot(a, c^T)` has, bit for bit, where a row of c is that of b."""
+    rows = tl.arange(0, a.shape[0])
+    return tl.sum(tl.where(rows[:, None] == rows[None, :], dot(a, b.T), 0.0), 1)
+
+
+@triton.jit
 def dot_add(acc, a, b):
     """acc + a @ b."""
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def scaled(s, SCALE: tl.constexpr, WIDE: tl.constexpr):
+    """Products q k^T as scores: in base 2 for operands of 16 bits, in base e where they are WIDE (float32, float64).
+
+    WIDE scores are rounded before anything is taken off them, so that a row's largest less itself is 0 and its lse, of
+    one key, is the score: hence an fma, of which the compiler cannot make another with a subtraction, and the base of
+    lse. 16-bit operands round their probabilities far more than an unrounded product moves them.
+    """
+    return tl.fma(s, tl.full([], SCALE, s.dtype), 0.0) if WIDE else s * (SCALE * LOG2_E)
+
+
+@triton.jit
+def exponential(s, WIDE: tl.constexpr):
+    """The base of `scaled`, to the power of s."""
+    return tl.exp2(s * LOG2_E) if WIDE else tl.exp2(s)
 
 
 @triton.jit

@@ -93,6 +93,65 @@ def test_gradients_are_those_of_finite_differences(form):
     assert torch.autograd.gradcheck(finite, inputs, fast_mode=True)
 
 
+def gradients(attention_lse, inputs, dtype, cotangents, **options):
+    """dq, dk, dv of (out, lse) for these cotangents, computed in `dtype`; as float64 on the CPU."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+    outputs = attention_lse(*leaves, **options)
+    total = sum((o * c.to(o)).sum() for o, c in zip(outputs, cotangents, strict=False))
+    return [g.double().cpu() for g in torch.autograd.grad(total, leaves)]
+
+
+@each_form
+@pytest.mark.parametrize("size", [1e4, 1e15])
+@pytest.mark.parametrize(
+    ("H", "Hkv", "T", "S", "D", "causal", "every"),
+    [(1, 1, 1, 1, 16, True, 1), (2, 1, 6, 1, 16, False, 1), (2, 2, 70, 70, 16, True, 1), (2, 1, 40, 70, 20, True, 1),
+     (2, 2, 70, 40, 16, True, 1), (1, 1, 40, 70, 64, False, 3), (2, 2, 70, 70, 16, True, 3)],
+)  # fmt: skip
+def test_rows_that_one_key_takes_are_as_exact_as_plains(form, size, H, Hkv, T, S, D, causal, every):
+    """Where p is 1 and zeros, ds is 0: rounding noise in it, times scores of 1e15, was a dk of 1e8."""
+    attention_lse, *_, device = functions(form)
+    q, k, v = (t.detach() for t in qkv(1, H, Hkv, T, S, D, device))
+    q[:, :, ::every] *= size
+    generator = torch.Generator().manual_seed(1)
+    dout, dlse = (torch.randn(shape, generator=generator) for shape in (q.shape, q.shape[:3]))
+    dlse[:, :, : max(0, T - S) if causal else 0] = 0.0  # of queries that see nothing
+    for cotangents in ([dout], [dout, dlse]):
+        want, theirs = (
+            gradients(plain.attention_lse, [q, k, v], dtype, cotangents, causal=causal)
+            for dtype in (torch.float64, torch.float32)
+        )
+        ours = gradients(attention_lse, [q, k, v], torch.float32, cotangents, causal=causal)
+        for name, got, plains, exact in zip("qkv", ours, theirs, want, strict=True):
+            allowed = 4 * (plains - exact).abs().max() + 1e-6 * exact.abs().max() + 1e-30
+            assert (got - exact).abs().max() <= allowed, f"d{name}: {(got - exact).abs().max()}, not {allowed}"
+
+
+@each_form
+@pytest.mark.parametrize("rest", [5e-6, 3e-8])
+def test_a_row_that_one_key_nearly_takes_keeps_its_gradients(form, rest):
+    """p of 1 - rest, 1 in float32 beside a score of 200: its ds are the sizes of `rest`, and cannot be left out."""
+    attention_lse, *_, device = functions(form)
+    q, k = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 9, 16)
+    q[..., 0] = q[..., 1] = 200.0
+    k[..., 3, 0] = 1.0
+    k[..., 5, 1] = 1.0 + math.log(rest) / 200.0
+    v, dout = (torch.randn(1, 1, n, 16, generator=torch.Generator().manual_seed(n)) for n in (9, 1))
+    v[..., 3, :] *= 0.1  # dp of the key that takes all: its ulps are the noise of ds
+    inputs, options = [t.to(device) for t in (q, k, v)], dict(causal=False, scale=1.0)
+    (dq, dk, _), (want_q, want_k, _) = (
+        gradients(f, inputs, dtype, [dout], **options)
+        for f, dtype in ((attention_lse, torch.float32), (plain.attention_lse, torch.float64))
+    )
+    noise = 2 * torch.finfo(torch.float32).eps * (dout.abs() @ v[0, 0, 3].abs()).item()
+    for axis, key in enumerate((3, 5)):
+        allowed = 1e-3 * want_k[0, 0, key, 0].abs() + 200 * noise * (key == 3)
+        assert (dk[0, 0, key, 0] - want_k[0, 0, key, 0]).abs() <= allowed
+        allowed = 1e-3 * want_q[0, 0, 0, axis].abs() + noise * (key == 3)
+        assert (dq[0, 0, 0, axis] - want_q[0, 0, 0, axis]).abs() <= allowed
+    assert noise < want_q[0, 0, 0, 0].abs() / 2 or rest < 1e-6
+
+
 @each_form
 def test_a_second_derivative_is_an_error(form):
     attention_lse, *_, device = functions(form)
@@ -138,7 +197,7 @@ def test_any_shape_agrees_with_plain(form, B, group, Hkv, T, S, D, causal, dropo
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_cpu_form_of_a_model_is_differentiable_through_views(causal):
-    """The path of training: scaled_dot_product_attention on views of the projection, and an expanded gradient."""
+    """The path of training: ATen's flash kernels on views of the projection, and an expanded gradient."""
     projection = torch.randn(2, 9, 3, 4, 8, dtype=torch.float64, requires_grad=True)
     gradients = []
     for attention in (fused.attention, plain.attention):

@@ -64,6 +64,12 @@ def _low_scores(generator, dtype):
     return inputs | {"q": (q * -30).requires_grad_(), "k": k.requires_grad_(), "scale": 1.0, "causal": False}
 
 
+def _one_hot(generator, dtype):
+    """Scores of 1e4: one key takes each row."""
+    inputs = _separate(1, 1, 1, 20, 20, 16)(generator, dtype)
+    return inputs | {"q": (inputs["q"].detach() * 1e4).requires_grad_()}
+
+
 F32, BF16 = (torch.float32,), (torch.bfloat16,)
 DROPOUT = dict(dropout_p=0.3, seed=2**40 + 7, offsets=(3, 5))
 
@@ -137,6 +143,7 @@ CASES = [
         _low_scores,
         (torch.float32, torch.bfloat16),
     ),
+    Case("attention", "one key takes all", "ds is 0, and noise in it is large in dk", _one_hot, F32, emulate=True),
     Case("attention_lse", "own scale", "scale is not 1/sqrt(D)", _separate(1, 1, 1, 65, 65, 16, scale=0.6)),
     Case("attention_lse", "only q", "dq alone is wanted", _separate(1, 1, 1, 65, 40, 16, grads="q"), F32),
     Case("attention_lse", "only k", "dk alone is wanted", _separate(1, 1, 1, 65, 40, 16, grads="k"), F32),
@@ -172,23 +179,23 @@ MUTATIONS = [
     Mutation("row sum not rescaled", "row_sum = row_sum * rescale +", "row_sum = row_sum +", "growing keys", _FORWARD),
     Mutation(
         "running maximum forgotten",
-        "tl.maximum(row_max, tl.max(s, 1) * SCALE_LOG2)",
+        "tl.maximum(row_max, scaled(tl.max(s, 1), SCALE, WIDE))",
         "tl.zeros_like(row_max)",
         "huge scores",
         _FORWARD,
     ),
-    Mutation("scale dropped before the mask", "s * SCALE_LOG2, -float", "s, -float", "65 queries", _FORWARD),
+    Mutation("scale dropped before the mask", "scaled(s, SCALE, WIDE), -float", "s, -float", "65 queries", _FORWARD),
     Mutation(
         "scale dropped, full blocks",
-        "tl.exp2(s * SCALE_LOG2 - new_max[:, None])",
-        "tl.exp2(s - new_max[:, None])",
+        "exponential(scaled(s, SCALE, WIDE) - new_max[:, None], WIDE)",
+        "exponential(s - new_max[:, None], WIDE)",
         "127 keys, all seen",
         _FORWARD,
     ),
     Mutation(
         "natural base",
-        "lse = (row_max + tl.log2(row_sum)) * LN_2",
-        "lse = row_max + tl.log2(row_sum)",
+        "tl.log2(row_sum) * LN_2 if WIDE",
+        "tl.log2(row_sum) if WIDE",
         "own scale",
         _FORWARD,
     ),
@@ -274,7 +281,14 @@ MUTATIONS = [
     Mutation("delta dropped, dq", "dp - delta[:, None]", "dp", "65 queries", _BACKWARD),
     Mutation("delta dropped, dk", "dp - delta[None, :]", "dp", "65 queries", _BACKWARD),
     Mutation("gradient of lse with the wrong sign", "delta -= tl.load(", "delta += tl.load(", "lse alone", _BACKWARD),
-    Mutation("lse of the wrong base", "other=0.0) * LOG2_E, mask", "other=0.0), mask", "65 queries", _BACKWARD),
+    Mutation("lse of the wrong base", "lse if WIDE else lse * LOG2_E", "lse * LOG2_E", "65 queries", _BACKWARD),
+    Mutation(
+        "delta in another order",
+        "row_dots(dout, out) if WIDE else",
+        "tl.sum(out * dout, 1) if WIDE else",
+        "one key takes all",
+        _BACKWARD,
+    ),
     Mutation(
         "diagonal blocks skipped, dk and dv",
         "num_diagonal = tl.maximum(unmasked - first_block, 0)",
