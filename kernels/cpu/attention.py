@@ -95,9 +95,9 @@ def _attention_backward(
     blind = _blind_rows(q, k, causal)
     wide = at_least_float32(q.dtype)
     if q.dtype == wide and q.shape[1] == k.shape[1] and blind == 0 and dlse is None and dropout_p == 0.0:
-        all_three = _flash_gradients(dout, dlse, q, k, v, out, lse, causal, scale)  # nothing to add up
-        wanted = (need_dq, need_dkdv, need_dkdv)
-        return tuple(grad if need else q.new_empty(0) for grad, need in zip(all_three, wanted, strict=True))
+        dq, dk, dv = _flash_gradients(dout, dlse, q, k, v, out, lse, causal, scale)  # nothing to add up
+        dq = dq if need_dq else q.new_empty(0)
+        return (dq, dk, dv) if need_dkdv else (dq, q.new_empty(0), q.new_empty(0))
     sums = [t.new_zeros(t.shape, dtype=wide) if need else None for t, need in ((q, need_dq), *[(k, need_dkdv)] * 2)]
     for heads in _groups(q, k):
         dout_, q_, out_, lse_ = (t[:, heads, blind:] for t in (dout, q, out, lse))
