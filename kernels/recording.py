@@ -64,7 +64,7 @@ class Look:
         reach = sum((n - 1) * stride for n, stride in zip(self.shape, self.stride, strict=True)) + 1
         memory = torch.zeros(max(0, self.offset + reach), dtype=self.dtype, device=device)
         if self.dtype.is_floating_point:
-            numbers = torch.randn(memory.shape, generator=generator, dtype=torch.float32, device=device)
+            numbers = torch.randn(memory.shape, generator=generator, device=device)
             memory.copy_(numbers * self.size)
         made = memory.as_strided(self.shape, self.stride, self.offset)
         if self.values:
@@ -74,7 +74,7 @@ class Look:
         return made.detach().requires_grad_(self.requires_grad)
 
     def __str__(self) -> str:
-        words = ["x".join(map(str, self.shape)) or "scalar", str(self.dtype).removeprefix("torch.")]
+        words = ["x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")]
         if self.stride != _contiguous(self.shape):
             words.append(f"strides {'x'.join(map(str, self.stride))}")
         if self.offset:

@@ -9,7 +9,7 @@ from heiretsu.kernels.cpu.row_blocks import row_blocks
 from heiretsu.kernels.random import drop_threshold, signed
 
 
-def keep_mask(shape, p, seed, offset=0):
+def keep_mask(shape, p, seed, offset):
     """`random.dropout_keep_mask` bit for bit, (B, T, C) bool, in blocks of a sample that the cache holds."""
     B, T, C = shape
     keep, threshold = torch.empty(shape, dtype=torch.bool, device="cpu"), drop_threshold(p)

@@ -15,7 +15,7 @@ as in `plain`.
 N tokens, K experts per token, E experts, C hidden size, F feed-forward size.
 """
 
-from itertools import pairwise
+from itertools import accumulate
 
 import torch
 
@@ -26,8 +26,8 @@ from heiretsu.kernels.gradients import gradient_buffers
 
 
 def _sort_by_expert(experts, num_experts):
-    """(order, slot, blocks, end): flat slots n * K + k sorted by expert, its inverse (N, K), {expert: slice of the
-    sorted rows} for each expert that has rows, and where the last of these ends.
+    """(order, slot, blocks, end, largest): flat slots n * K + k sorted by expert, its inverse (N, K), {expert: slice of
+    the sorted rows} for each expert that has rows, where the last of these ends, and the rows of the largest.
 
     An index outside 0..E-1 sorts behind the last expert: `plain` gives it no expert, and so a zero output.
     """
@@ -36,14 +36,10 @@ def _sort_by_expert(experts, num_experts):
     order = flat.argsort(stable=True)
     slot = torch.empty_like(order)
     slot[order] = torch.arange(order.numel(), device=order.device)
-    counts = flat.bincount(minlength=num_experts + 1)[:num_experts]
-    bounds = [0, *counts.cumsum(0).tolist()]
-    blocks = {e: slice(begin, end) for e, (begin, end) in enumerate(pairwise(bounds)) if begin < end}
-    return order, slot.view(experts.shape), blocks, bounds[-1]
-
-
-def _largest(blocks):
-    return max((block.stop - block.start for block in blocks.values()), default=0)
+    counts = flat.bincount(minlength=num_experts + 1)[:num_experts].tolist()
+    ends = accumulate(counts)
+    blocks = {e: slice(end - count, end) for e, (count, end) in enumerate(zip(counts, ends, strict=True)) if count}
+    return order, slot.view(experts.shape), blocks, sum(counts), max(counts, default=0)
 
 
 def _combine(rows, slot, gates=None):
@@ -61,7 +57,7 @@ def _expert_mlp(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(out, gelu(h), gelu'(h), y), rows sorted by expert; without save, the middle two are empty."""
     E, C, F = w1.shape
-    order, slot, blocks, end = _sort_by_expert(experts, E)
+    order, slot, blocks, end, largest = _sort_by_expert(experts, E)
     rows = order.numel()
     all_a, slope = (x.new_empty(rows if save else 0, F) for _ in range(2))
     y = x.new_empty(rows, C)
@@ -69,12 +65,13 @@ def _expert_mlp(
         buffer[end:] = 0  # rows of no expert
     if not rows or not C:
         return x.new_zeros(x.shape), all_a, slope, y
-    tokens, largest = order // experts.shape[1], _largest(blocks)
+    tokens = order // experts.shape[1]
     x_rows, h_rows, a_rows = x.new_empty(largest, C), x.new_empty(largest, F), x.new_empty(0 if save else largest, F)
     gelu, scratch = Gelu(largest, F, at_least_float32(x.dtype)), _scratch(1, x, w1, w2)[0]
     for e, block in blocks.items():
-        size = block.stop - block.start
-        x_e = torch.index_select(x, 0, tokens[block], out=x_rows[:size])
+        token = tokens[block]
+        size = len(token)
+        x_e = torch.index_select(x, 0, token, out=x_rows[:size])
         h = _linear(x_e, _cast(w1[e], scratch), None if b1 is None else b1[e], h_rows[:size])
         a = all_a[block] if save else a_rows[:size]
         gelu(h, None, a, slope[block] if save else None)
@@ -113,7 +110,7 @@ def _expert_mlp_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dx, dgates, dw1, db1, dw2, db2); empty for one that `needs` does not name, in this order."""
     E, C, F = w1.shape
-    order, slot, blocks, end = _sort_by_expert(experts, E)
+    order, slot, blocks, end, largest = _sort_by_expert(experts, E)
     dx, dgates, dw1, db1, dw2, db2 = gradients = gradient_buffers((x, gates, w1, b1, w2, b2), needs)
     if not order.numel() or not C:
         return tuple(gradient.zero_() for gradient in gradients)
@@ -127,12 +124,12 @@ def _expert_mlp_backward(
     dx_rows = torch.empty_like(y) if need_dx else None  # dx of each row, then summed over k
     if need_dx:
         dx_rows[end:] = 0
-    largest = _largest(blocks)
     x_rows, dy_rows, dh_rows = x.new_empty(largest, C), x.new_empty(largest, C), x.new_empty(largest, F)
     dgate = gate.new_zeros(gate.shape, dtype=at_least_float32(gates.dtype))
     scratch, product = _scratch(2, x, w1, w2)
     for e, block in blocks.items():
-        size, token = block.stop - block.start, tokens[block]
+        token = tokens[block]
+        size = len(token)
         dy = torch.index_select(dout, 0, token, out=dy_rows[:size])
         if need_dgates:
             dgate[order[block]] = (y[block].to(dgate.dtype) * dy).sum(-1)

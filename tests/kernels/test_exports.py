@@ -49,6 +49,11 @@ x = torch.ones(2, 3, requires_grad=True)
 with recording() as record:
     bias_gelu(x, torch.ones(3)).sum().backward()
 assert x.grad is not None and len(record.calls) == 1 and not fused.HAS_TRITON
+for first in (None, 3):
+    try:
+        fused.bias_gelu(first, x)
+    except ValueError as error:
+        print(error)
 try:
     bias_gelu(x.to("meta"), torch.ones(3, device="meta"))
 except ValueError as error:
@@ -58,7 +63,11 @@ except ValueError as error:
 
 def test_the_cpu_forms_run_without_triton():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
-    assert done.stdout == "bias_gelu: meta tensors need Triton; install it, or move them to the CPU\n", done.stderr
+    assert done.stdout.splitlines() == [
+        "bias_gelu: x is None; it must be a tensor (..., F)",
+        "bias_gelu: x is a int; it must be a tensor (..., F)",
+        "bias_gelu: meta tensors need Triton; install it, or move them to the CPU",
+    ], done.stderr
 
 
 CALLS = """

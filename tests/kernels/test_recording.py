@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from heiretsu.kernels import fused, plain
 from heiretsu.kernels.control import CONTROL
-from heiretsu.kernels.recording import Call, recording
+from heiretsu.kernels.recording import Call, Launch, Look, recording
 from tests.kernels import forms
 from tests.kernels.samples import SAMPLES, outputs, tensors
 
@@ -46,6 +47,24 @@ def test_strides_alignment_sizes_and_indices_are_made_again():
     assert 70 < made["x"].std() < 130 and made["x"].dtype == torch.float64 and not made["x"].requires_grad
     assert torch.equal(made["indices"], indices) and made["indices"].stride() == (0, 2)
     assert made["bias"] is None and made["scale"] == 2.0
+    again = call.inputs(CPU, torch.Generator().manual_seed(0))["x"]
+    assert torch.equal(again, made["x"])
+    reach = 1 + 2 * 160 + 32  # from the first element to the last
+    assert made["x"].untyped_storage().nbytes() == (made["x"].storage_offset() + reach) * 8
+    with torch.device("meta"):  # whatever the default is, inputs are made where they are asked for
+        assert torch.equal(call.inputs(CPU, torch.Generator().manual_seed(0))["x"], made["x"])
+
+
+def test_a_look_has_the_root_mean_square_of_finite_numbers():
+    for numbers, size in (
+        (torch.tensor([3.0]), 3.0),
+        (torch.tensor([3.0, -4.0, 0.0, 0.0]), 2.5),
+        (torch.full((100,), 30_000.0).half(), 30_000.0),  # their norm is no number of 16 bits
+        (torch.tensor([1.0, torch.inf]), 1.0),
+        (torch.tensor([5.0, torch.nan]), 1.0),
+        (torch.empty(0, 3), 0.0),
+    ):
+        assert Look.of(numbers).size == pytest.approx(size, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +92,20 @@ def test_words_do_not_tell_what_is_drawn_or_left_at_its_default():
     x, weight, bias = torch.zeros(4, 16), torch.ones(8), torch.ones(8)
     told = Call.of(plain.layer_norm, (x[:, 8:].bfloat16(), weight, bias), {"eps": 1e-5, "residual": None})
     assert str(told) == "layer_norm x 4x8 bfloat16 frozen, weight bias 8 float32 frozen"
+    x, weight, targets = torch.zeros(4, 16), torch.zeros(9, 16), torch.arange(4)
+    words = "linear_cross_entropy x 4x16 float32 frozen, weight 9x16 float32 frozen, targets 4 int64"
+    assert str(Call.of(plain.linear_cross_entropy, (x, weight, targets, 3), {})) == words
+    assert "offsets" not in str(Call.of(plain.attention, (), SAMPLES["attention, dropout"][1](7)))
     assert "values" not in repr(Call.of(plain.linear_cross_entropy, (x, x, torch.arange(4)), {}))
     assert "strides 16x1 from 2" in str(Call.of(plain.layer_norm, (x[:, 2:10], weight, bias), {}))
+
+
+def test_what_was_written_down_cannot_be_changed():
+    made = Launch(None, None, (1,), {}, {}, 4, 1)
+    call = Call.of(plain.route, (torch.zeros(2, 3), 1), {})
+    for record, name in ((made, "grid"), (call, "op"), (call.looks["logits"], "dtype")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, name, None)
 
 
 def test_recordings_nest_and_end():

@@ -96,6 +96,8 @@ def test_a_traced_operator_gives_the_strides_that_it_gives(sample):
         with Recorded() as recorded:
             out = outputs(form(**values))
             torch.autograd.grad([o.sum() for o in out], list(tensors(values).values()), allow_unused=True)
-        assert recorded.calls
-        for function, args in recorded.calls:
+        with Recorded() as without_gradients, torch.no_grad():
+            form(**values)
+        assert recorded.calls and without_gradients.calls
+        for function, args in recorded.calls + without_gradients.calls:
             torch.library.opcheck(function, tuple(args), test_utils=("test_faketensor",))

@@ -10,6 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from heiretsu.kernels import fused, plain
+from heiretsu.kernels.cpu import bias_gelu as cpu_bias_gelu
+from heiretsu.kernels.cpu import layer_norm as cpu_layer_norm
+from heiretsu.kernels.cpu.row_blocks import block_rows, row_blocks, slices
 from tests.kernels import forms
 from tests.kernels.parity import Case, check, same_bits
 from tests.kernels.samples import OPS, SAMPLES, outputs, runnable_forms, tensors, to
@@ -213,3 +216,112 @@ def test_16_bit_gradients_do_not_grow_worse_with_the_length():
 
     for seed in range(2):
         check(Case("attention", f"767 767 {seed}", "a long sequence", inputs), torch.bfloat16, fused.attention)
+
+
+@cpu_form_alone
+@each_sample
+def test_a_default_device_changes_nothing(sample):
+    """Scratch memory, counters and masks are made where the inputs are."""
+    for _, form, values in calls(sample):
+        expected = run(form, values)
+        with torch.device("meta"):
+            found = outputs(form(**values))
+            cotangents = [
+                torch.linspace(-1.0, 1.0, o.numel(), dtype=o.dtype, device=o.device).view(o.shape) for o in found
+            ]
+            found += torch.autograd.grad(found, list(tensors(values).values()), cotangents, allow_unused=True)
+        assert_same_bits(found, expected)
+
+
+@cpu_form_alone
+@pytest.mark.parametrize("sample", ["bias_gelu", "dropout", "layer_norm", "expert_mlp"])
+def test_results_and_gradients_are_contiguous_whatever_the_inputs_are(sample):
+    op, build = SAMPLES[sample]
+    for form, _ in runnable_forms(op).values():
+        values = build(7)
+        for name, t in tensors(values).items():
+            values[name] = t.detach().mT.contiguous().mT.requires_grad_() if t.dim() > 1 else t
+        for name, t in zip(("out", *tensors(values)), run(form, values), strict=True):
+            assert t.is_contiguous(), name
+
+
+@cpu_form_alone
+def test_what_only_a_backward_reads_requires_no_gradient_and_is_there_only_for_one():
+    values = SAMPLES["bias_gelu"][1](5)
+    out, derivative = cpu_bias_gelu._BiasGelu.apply(values["x"], values["bias"], True)
+    assert out.requires_grad and not derivative.requires_grad
+    values = SAMPLES["layer_norm"][1](5)
+    out, mean, rstd = cpu_layer_norm._LayerNorm.apply(*values.values(), 1e-5)
+    assert out.requires_grad and not mean.requires_grad and not rstd.requires_grad
+    for sample, op, shown in (
+        ("expert_mlp", torch.ops.heiretsu.cpu_expert_mlp, 1),
+        ("linear_cross_entropy", torch.ops.heiretsu.cpu_linear_cross_entropy, 2),
+        ("attention, dropout", torch.ops.heiretsu.attention_cpu, 2),
+        ("dropout", torch.ops.heiretsu.cpu_dropout, 1),
+    ):
+        ((_, form, values),) = calls(sample)
+        with Called(op) as called:
+            form(**values)
+            with torch.no_grad():
+                form(**values)
+            form(**{n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in values.items()})
+        results = op(*(t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, torch.Tensor) else t
+                       for t in called.arguments[0]))  # fmt: skip
+        assert [t.requires_grad for t in results] == [i < shown for i in range(len(results))], sample
+        flags = [[a for a in arguments if isinstance(a, bool)] for arguments in called.arguments]
+        if sample in ("expert_mlp", "linear_cross_entropy"):
+            asked = len(flags[0])
+            assert flags == [[True] * asked, [False] * asked, [False] * asked], sample
+    derivatives = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_bias_gelu._BiasGelu, "apply", lambda x, bias, save: derivatives.append(save) or (x,))
+        x, bias = SAMPLES["bias_gelu"][1](5).values()
+        fused.bias_gelu(x, bias)
+        fused.bias_gelu(x.detach(), bias)
+        fused.bias_gelu(x, bias.detach())
+        fused.bias_gelu(x.detach(), bias.detach())
+        with torch.no_grad():
+            fused.bias_gelu(x, bias)
+    assert derivatives == [True, True, True, False, False]
+
+
+class Called(TorchDispatchMode):
+    """Inside, `arguments` collects what an operator was called with."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.arguments = op, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is self.op:
+            self.arguments.append(args)
+        return function(*args, **(kwargs or {}))
+
+
+@cpu_form_alone
+def test_fused_looks_at_the_first_tensor_by_place_or_by_name():
+    logits = torch.zeros(3, 4, device="meta")
+    for call in (lambda: fused.route(logits, 2), lambda: fused.route(top_k=2, logits=logits)):
+        with pytest.raises(ValueError, match="^route: .*meta tensors"):
+            call()
+
+
+@cpu_form_alone
+def test_what_is_empty_or_dropped_never_costs_nothing():
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    assert fused.dropout(x, 0.0, 7) is x
+    for shape in ((3, 0), (0, 5), (2, 0, 4)):
+        x, weight, bias = (torch.randn(s, requires_grad=True) for s in (shape, shape[-1:], shape[-1:]))
+        for form in (fused.layer_norm, plain.layer_norm):
+            y = form(x, weight, bias)
+            gradients = torch.autograd.grad(y.sum(), (x, weight, bias))
+            assert y.shape == x.shape and [g.shape for g in gradients] == [x.shape, weight.shape, bias.shape]
+            assert not any(g.any() for g in gradients)
+
+
+def test_blocks_of_rows_cover_all_and_fit_the_cache():
+    assert block_rows(768) == 170 and block_rows(2**17) == block_rows(2**18) == 1 and block_rows(0) == 2**17
+    assert (
+        slices(10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)] and slices(0, 4) == [] and slices(8, 4)[-1].stop == 8
+    )
+    assert row_blocks(400, 768) == slices(400, 170)
