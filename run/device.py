@@ -44,17 +44,15 @@ def choose_device(name: str, *, fused: bool = False, float64: bool = False, amp:
     mps has neither Triton nor float64, and no process group carries its tensors.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    beyond_mps = (
-        "--fused, whose kernels run on CUDA and on the CPU"
-        if fused
-        else "--dtype float64"
-        if float64
-        else f"{ranks} ranks, between which gloo carries CPU tensors only"
-        if ranks > 1
-        else "--amp bf16 before macOS 14"
-        if amp == "bf16" and available["mps"] and not torch.backends.mps.is_macos_or_newer(14, 0)
-        else None
-    )
+    lacks = {
+        "--fused, whose kernels run on CUDA and on the CPU": fused,
+        "--dtype float64": float64,
+        f"{ranks} ranks, between which gloo carries CPU tensors only": ranks > 1,
+        "--amp bf16 before macOS 14": (
+            amp == "bf16" and available["mps"] and not torch.backends.mps.is_macos_or_newer(14, 0)
+        ),
+    }
+    beyond_mps = next((what for what, asked in lacks.items() if asked), None)
     if name == "auto":
         return "cuda" if available["cuda"] else "mps" if available["mps"] and beyond_mps is None else "cpu"
     if not available[name]:

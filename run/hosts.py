@@ -54,8 +54,8 @@ class Hosts:
         """The axes on which some rank has a neighbour on another host."""
         dp, ep, pp, tp = (self.sizes[name] for name in AXIS_NAMES)
         meshes = [abstract_mesh(dp, ep, pp, tp, rank) for rank in range(len(self.names))]
-        lines = {name: {getattr(mesh, name).ranks for mesh in meshes} for name in AXIS_NAMES}
-        return [name for name in AXIS_NAMES if any(len({self.names[r] for r in line}) > 1 for line in lines[name])]
+        hosts = {name: [{self.names[r] for r in getattr(mesh, name).ranks} for mesh in meshes] for name in AXIS_NAMES}
+        return [name for name in AXIS_NAMES if max(map(len, hosts[name])) > 1]
 
     def only_dp_crosses(self) -> bool:
         """Whether the first host holds a whole model."""

@@ -41,7 +41,7 @@ def find_interface(environment: Mapping[str, str], route_to: str | None = None) 
     """
     here, found = socket.gethostname(), interfaces()
     listed = ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in found.items())
-    outward = {name for name in found if not is_loopback(found[name][0])}
+    outward = [name for name in found if not is_loopback(found[name][0])]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         asked = environment.get(variable)
         if asked and not any(_asks_for(asked, name, exact=variable.startswith("GLOO")) for name in outward):
@@ -52,12 +52,9 @@ def find_interface(environment: Mapping[str, str], route_to: str | None = None) 
     if any(address in found[name] for address in own[:1] for name in outward):
         return None
     problem = f"its own name resolves to {own[0]}" if own else "its own name resolves to nothing"
-    if route_to is not None:
-        leads = next((name for name in outward if source_address(route_to) in found[name]), None)
-        if leads is not None:
-            return leads
-    if len(outward) == 1:
-        return next(iter(outward))
+    leads = [name for name in outward if route_to is not None and source_address(route_to) in found[name]]
+    if leads or len(outward) == 1:
+        return (leads or outward)[0]
     raise ValueError(
         f"host {here}: {problem}, which other hosts cannot reach: say by which interface they can, as in "
         f"GLOO_SOCKET_IFNAME={min(outward, default='eth0')} (there are: {listed})"
