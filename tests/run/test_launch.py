@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -39,11 +40,13 @@ def meeting(monkeypatch, *calls: bytes | dict, nnodes: int, wait_s: float = 60.0
 
 
 def connect(port: int) -> socket.socket:
-    while True:  # node 0 is about to listen
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # node 0 is about to listen
         try:
             return socket.create_connection(("127.0.0.1", port), timeout=60)
         except ConnectionRefusedError:
-            pass
+            time.sleep(0.01)
+    raise TimeoutError("node 0 does not listen")
 
 
 ONE, TWO = {"rank": 1, "name": "birch"}, {"rank": 2, "name": "elm"}
@@ -81,8 +84,8 @@ def test_what_is_wrong_with_one_is_told_to_all(monkeypatch, calls, problem):
     ],
 )
 def test_who_does_not_come_is_named_after_the_wait(monkeypatch, calls, nnodes, nodes):
-    found, heard = meeting(monkeypatch, *calls, nnodes=nnodes, wait_s=0.5)
-    assert re.fullmatch(rf"{re.escape(nodes)} did not call in at 127\.0\.0\.1:\d+ in 0\.5 s", found)
+    found, heard = meeting(monkeypatch, *calls, nnodes=nnodes, wait_s=2.5)
+    assert re.fullmatch(rf"{re.escape(nodes)} did not call in at 127\.0\.0\.1:\d+ in 2\.5 s", found)
     assert heard == [{"problem": found}] * len(calls)
 
 
@@ -182,11 +185,10 @@ def test_a_node_that_cannot_take_part_says_so_to_node_0(machine, monkeypatch):
 
 @pytest.mark.parametrize("answer", [None, b'{"other": 1}\n', b"HTTP/1.1 400 Bad Request\r\n"])
 def test_what_is_not_node_0_is_asked_again_until_time_is_up(machine, answer):
-    heard, said, port = called(machine, answer, wait_s=0.7)
-    assert str(heard) == (
-        f"host here: node 0 not reached at localhost:{port} in 1 s (what listens there does not answer as node 0 does)"
-    )
-    assert 2 <= len(said) <= 5
+    heard, said, port = called(machine, answer, wait_s=1.2)
+    why = "what listens there does not answer as node 0 does"
+    assert re.fullmatch(rf"host here: node 0 not reached at localhost:{port} in \d s \({why}\)", str(heard))
+    assert 2 <= len(said) <= 8
 
 
 @pytest.mark.parametrize(
