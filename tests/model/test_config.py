@@ -75,3 +75,14 @@ def test_stages_are_contiguous_and_no_split_has_a_cheaper_costliest_stage(n_laye
 def test_the_head_of_a_large_vocabulary_counts_like_layers():
     stages = split_layers(ModelConfig(**{**PRESETS["gpt2"], "vocab_size": 50257}), 4)
     assert len(stages[-1]) < len(stages[0])
+
+
+@pytest.mark.parametrize(
+    "sizes, asked",
+    [((4, 1), "--pp 4"), ((2, 2), "--pp 2 x --virtual_stages 2"), ((1, 4), "--pp 1 x --virtual_stages 4")],
+)
+def test_more_stages_than_layers_are_refused_and_as_many_are_not(sizes, asked):
+    with pytest.raises(ValueError) as refused:
+        split_layers(ModelConfig(n_layer=3), *sizes)
+    assert str(refused.value) == f"{asked} stages need at least as many layers, but --n_layer is 3"
+    assert split_layers(ModelConfig(n_layer=4), *sizes) == [range(i, i + 1) for i in range(4)]

@@ -9,7 +9,7 @@ from heiretsu.model.gpt import GPT
 from heiretsu.model.moe import balance_loss, once
 from heiretsu.model.seeding import initialise
 from heiretsu.parallel.mesh import Axis, abstract_mesh
-from heiretsu.parallel.pipeline import Microbatch
+from heiretsu.parallel.pipeline import Context, Microbatch
 from heiretsu.parallel.placement import placement_table
 
 
@@ -63,3 +63,18 @@ def test_a_bias_inside_a_partial_sum_is_on_one_rank_alone():
     given = [once(bias, Axis("tp", 3, index, (0, 1, 2))).tolist() for index in range(3)]
     assert sum(map(torch.tensor, given)).tolist() == [2.0, 3.0] and given.count([0.0, 0.0]) == 2
     assert once(bias, Axis("tp")) is bias
+
+
+@pytest.mark.parametrize(
+    "dtype, compute, wide",
+    [
+        (torch.float64, None, torch.float64),
+        (torch.float32, None, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+    ],
+)
+def test_the_balance_loss_adds_up_in_float32_at_least(dtype, compute, wide):
+    config = ModelConfig(vocab_size=67, block_size=8, n_layer=2, n_head=2, n_embed=16, num_experts=2)
+    model = GPT(config, abstract_mesh(), plain, dtype=dtype, compute_dtype=compute)
+    x, metrics = model.run_blocks(torch.zeros(1, 8, 16, dtype=compute or dtype), Context())
+    assert x.dtype == model.hidden_dtype == (compute or dtype) and metrics["aux_loss"].dtype == wide

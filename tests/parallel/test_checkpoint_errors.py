@@ -1,6 +1,7 @@
 """What a save or a read that fails says, and what a save in the background of one process does not say."""
 
 import dataclasses
+import logging
 import warnings
 
 import pytest
@@ -104,3 +105,34 @@ def test_an_older_one_that_cannot_be_deleted_is_told_of_and_the_save_stands(tmp_
     assert saving.result().is_dir()
     assert saving.writer.complaint == "an older checkpoint could not be deleted (OSError: busy)"
     assert [field.name for field in dataclasses.fields(saving)] == ["step", "writer", "future"]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_copies_of_a_gpus_pieces_are_pinned_and_waited_for(monkeypatch, gpu):
+    made, waited, real = [], [], torch.empty
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(copies.pieces["x"].tolist()))
+
+    def empty(shape, **options):
+        made.append((shape, options.pop("pin_memory"), options))
+        return real(shape, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    copies, mine = Copies(), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    staged = copies.stage({"x": mine})
+    assert staged["x"] is copies.pieces["x"] and staged["x"] is not mine and staged["x"].tolist() == [1.0, 2.0]
+    assert made == [((2,), gpu, {"dtype": torch.float64, "device": "cpu"})] and waited == [[1.0, 2.0]] * gpu
+    copies.stage({"x": mine + 1})
+    assert len(made) == 1 and staged["x"].tolist() == [2.0, 3.0]
+
+
+def test_torchs_own_pages_on_a_failure_are_kept_back_and_then_no_more():
+    root = logging.getLogger()
+    before = root.level
+    with pytest.raises(ValueError, match="inside"), checkpoint._quiet():
+        assert root.level == logging.CRITICAL
+        warnings.warn("of one process", stacklevel=1)
+        raise ValueError("inside")
+    assert root.level == before
+    with pytest.warns(UserWarning, match="outside"):
+        warnings.warn("outside", stacklevel=1)

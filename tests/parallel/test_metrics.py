@@ -2,7 +2,7 @@
 
 from collections import Counter
 from contextlib import ExitStack
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from heiretsu.kernels import plain
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import abstract_mesh
-from heiretsu.parallel.metrics import Metric, Totals
+from heiretsu.parallel.metrics import Metric, Totals, widened
 from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from tests.training import DENSE, dataset, run_config
@@ -103,3 +103,11 @@ def test_several_stages_on_one_rank_are_refused():
     engine = build_engine(run_config(DENSE), abstract_mesh(), plain)
     with pytest.raises(ValueError, match="2 stages on one rank"):
         Engine([*engine.stages, *engine.stages], abstract_mesh(), [engine.actions], engine.updater)
+
+
+def test_sums_are_widened_on_the_cpu_where_a_device_has_no_float64():
+    apple = Mock()
+    apple.device.type = "mps"
+    assert widened(apple) is apple.cpu().double() and not apple.double.called
+    x = torch.ones(2, dtype=torch.bfloat16)
+    assert widened(x).dtype == torch.float64
