@@ -1,5 +1,7 @@
 """route and expert_mlp beyond parity: the plan, host syncs, memory, determinism, tracing, and what they refuse."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -195,6 +197,24 @@ def test_weight_gradients_of_float32_masters_are_not_rounded(triton_device):
     for name, grad in zip(("dw1", "db1", "dw2", "db2"), torch.autograd.grad(out.sum(), (w1, b1, w2, b2)), strict=True):
         assert grad.dtype == torch.float32
         assert not torch.equal(grad, grad.bfloat16().float()), name
+
+
+def test_the_cpu_form_s_buffers_fit_and_float32_biases_are_not_summed_in_bfloat16():
+    """ATen makes an `out` of another shape anew, and warns of it once."""
+    values = arguments(33, 8, 12, 3, 2, torch.float32)
+    narrow = [t.detach().bfloat16().requires_grad_() if i in (0, 2) else t for i, t in enumerate(values)]
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(forms.cpu_form("expert_mlp"), values)
+            *_, db1, _, db2 = run(forms.cpu_form("expert_mlp"), narrow)
+            with torch.no_grad():
+                forms.cpu_form("expert_mlp")(*narrow)
+    finally:
+        torch.set_warn_always(False)
+    for gradient in (db1, db2):
+        assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.bfloat16().float())
 
 
 def test_no_experts_or_no_tokens_give_zeros_on_a_cpu():
