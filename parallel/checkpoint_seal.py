@@ -76,7 +76,7 @@ def is_sealed(path: Path) -> bool:
 def fingerprint(file: Path) -> dict[str, Any]:
     """{"bytes": size, "sha256": hex digest} of a file, read in pieces."""
     digest, size = hashlib.sha256(), 0
-    with open(file, "rb", buffering=0) as stream:
+    with open(file, "rb") as stream:
         while piece := stream.read(_HASHED_AT_ONCE):
             digest.update(piece)
             size += len(piece)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,8 @@ def test_a_number_that_run_json_cannot_hold_is_named(tmp_path, change, why):
 
 def test_every_number_that_a_run_may_hold_is_read(tmp_path):
     for index, change in enumerate(GOOD):
-        assert read_run(sealed(tmp_path / f"run{index}", RUN | change)) == RUN | change
+        path = sealed(tmp_path / f"run{index}", RUN | change)
+        assert read_run(path) == read_run(str(path)) == RUN | change
 
 
 def test_the_step_is_that_of_the_folders_name(tmp_path):
@@ -136,7 +138,13 @@ SEAL = "checksums.json"
 
 def test_the_seal_is_this_file_and_lies_on_the_disk(tmp_path, monkeypatch):
     synced, real = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), real(handle)))
+
+    def fsync(handle):
+        there = os.fstat(handle)
+        synced.append((there.st_ino, there.st_size if stat.S_ISREG(there.st_mode) else None))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     (tmp_path / "b").write_bytes(b"two")
     (tmp_path / "a").write_bytes(b"")
     prints = {name: fingerprint(tmp_path / name) for name in ("b", "a")}
@@ -145,7 +153,8 @@ def test_the_seal_is_this_file_and_lies_on_the_disk(tmp_path, monkeypatch):
     ordered = json.dumps({"a": prints["a"], "b": prints["b"]}, sort_keys=True).encode()
     whole = {"files": prints, "sha256": hashlib.sha256(ordered).hexdigest()}
     assert (tmp_path / SEAL).read_text() == json.dumps(whole, indent=1)
-    assert synced == [(tmp_path / SEAL).stat().st_ino, tmp_path.stat().st_ino]
+    written = (tmp_path / SEAL).stat()
+    assert synced == [(written.st_ino, written.st_size), (tmp_path.stat().st_ino, None)]
     assert read_seal(tmp_path) == prints
     for broken in ({"files": prints}, {"files": [1], "sha256": "x"}, {"files": {}, "sha256": whole["sha256"]}):
         (tmp_path / SEAL).write_text(json.dumps(broken))
