@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from heiretsu.kernels import plain
-from heiretsu.parallel import checkpoint
+from heiretsu.parallel.checkpoint_seal import read_run
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run import resume, state
 from heiretsu.run.batches import read_batches
@@ -232,7 +232,7 @@ def test_files_are_read_against_their_checksums_unless_they_were_just_now(run, m
 
 
 def test_facts_are_the_updaters_the_callers_and_the_configuration(run):
-    kept = checkpoint.read_run(run / "step_00000002")
+    kept = read_run(run / "step_00000002")
     assert (kept["step"], kept["run_id"], kept["data"]) == (2, "ab12", "digest") and kept["config"] == CONFIG.as_json()
     engine = build_engine(CONFIG, abstract_mesh(), plain)
     assert state.facts_of(engine, {"a": 1}, {"run_id": "x"}) == {
