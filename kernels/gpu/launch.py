@@ -23,9 +23,9 @@ from heiretsu.kernels.versions import triton_interprets, unspecialised
 
 INTERPRETED = triton_interprets()
 if INTERPRETED:  # whoever imports a kernel gets it right: without this, bfloat16 trains on garbage
-    from heiretsu.kernels.gpu import interpreter_bfloat16, interpreter_launches
+    from heiretsu.kernels.gpu import interpreter_arithmetic, interpreter_launches
 
-    interpreter_bfloat16.install()
+    interpreter_arithmetic.install()
     interpreter_launches.install()
 
 Sizes = Mapping[int | None, dict]  # {largest size that it serves: parameters}; None: every size

@@ -1,9 +1,12 @@
-"""Correct bfloat16 in Triton's interpreter.
+"""Arithmetic in Triton's interpreter as a GPU does it: correct bfloat16, and matrix products in one order.
 
 The interpreter keeps bfloat16 as uint16 and computes on the bits as if they were integers: sums, products,
 comparisons, reductions and tl.dot are garbage, and a cast from float32 truncates. Here every floating-point operation
 on bfloat16 is computed in float32 and rounded once, to nearest even, as PTX does. Loads, stores, selects, bitcasts
 and abs only move bits and are right already. Float atomics on bfloat16 keep raising: no kernel of ours has any.
+
+A product of float32 operands is a loop of fmas over K on a GPU, the same wherever an element stands. NumPy's BLAS takes
+another order for other shapes and, on some processors, for other places in a block.
 """
 
 import functools
@@ -76,10 +79,13 @@ def _through_float32(operation):
 
 
 def _dot(dot):
-    """Products are exact in float32 and sums accumulate in it; only an accumulator that is itself bfloat16 is
-    rounded."""
+    """Products of 16 bits are exact in float32 and sums accumulate in it; only an accumulator that is itself bfloat16
+    is rounded."""
 
     def mended(self, a, b, accumulator, *args):
+        if a.dtype.scalar in (tl.float32, tl.float64) and a.data.ndim == 2:
+            rows, columns = np.ascontiguousarray(a.data), np.ascontiguousarray(b.data.T)  # einsum's order: along memory
+            return TensorHandle(np.einsum("mk,nk->mn", rows, columns) + accumulator.data, accumulator.dtype.scalar)
         result = dot(self, widen(a), widen(b), widen(accumulator), *args)
         return narrow(result) if is_bfloat16(accumulator) else result
 

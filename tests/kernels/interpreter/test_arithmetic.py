@@ -1,4 +1,5 @@
-"""The mended interpreter's bfloat16 is PyTorch's: each operation computed in float32 and rounded once."""
+"""The mended interpreter's bfloat16 is PyTorch's, each operation computed in float32 and rounded once; and a product's
+bits do not depend on where its row and column stand."""
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import triton
 import triton.language as tl
 
 from heiretsu.kernels.gpu import launch  # noqa: F401  # mends the interpreter, as for whoever imports a kernel
-from heiretsu.kernels.gpu.interpreter_bfloat16 import to_bits, to_float32
+from heiretsu.kernels.gpu.interpreter_arithmetic import to_bits, to_float32
 
 N = 64
 
@@ -130,3 +131,26 @@ def test_every_float32_rounds_to_the_bfloat16_of_pytorch():
     numbers = np.concatenate([bits, ties, ties + 1, ties - 1]).view(np.float32)
     ours = torch.from_numpy(to_float32(to_bits(numbers)))
     torch.testing.assert_close(ours, torch.from_numpy(numbers).bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def _products(A, B, OUT, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    a, b = tl.load(A + m[:, None] * K + k[None, :]), tl.load(B + n[:, None] * K + k[None, :])
+    tl.store(OUT + m[:, None] * N + n[None, :], tl.dot(a, b.T, input_precision="ieee", out_dtype=OUT.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("K", [16, 64, 256])
+def test_an_element_of_a_product_has_the_same_bits_in_every_place_and_shape(dtype, K):
+    a, b = torch.randn(32, K, dtype=dtype), torch.randn(64, K, dtype=dtype)
+
+    def product(left, right):
+        out = torch.empty(len(left), len(right), dtype=dtype)
+        _products[(1,)](left, right, out, len(left), len(right), K)
+        return out
+
+    found = product(a, b)
+    torch.testing.assert_close(found.double(), a.double() @ b.double().T, rtol=0, atol=16 * K * torch.finfo(dtype).eps)
+    assert product(a.flip(0), b.roll(5, 0)).roll(-5, 1).flip(0).equal(found)
+    assert product(b, a).T.equal(found) and product(a[:16], b[16:48]).equal(found[:16, 16:48])
