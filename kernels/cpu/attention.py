@@ -32,17 +32,23 @@ EXACT_LENGTH = 256
 def attention(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=(0, 0)):
     """`plain.attention` on the CPU."""
     reverse_mode_only("attention", q, k, v)
-    square = q.shape[:3] == k.shape[:3]
-    if square and dropout_p == 0.0 and q.numel() > 0 and q.itemsize == 2 and q.shape[2] <= EXACT_LENGTH:
+    square, short = q.shape[:3] == k.shape[:3], q.itemsize == 2 and q.shape[2] <= EXACT_LENGTH
+    if square and short and dropout_p == 0.0 and scale != 0.0 and q.numel() > 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
-    return _attention(q, k, v, *attention_options(q, causal, scale, dropout_p, seed, offsets))[0]
+    return _outputs(q, k, v, causal, scale, dropout_p, seed, offsets)[0]
 
 
 @checked
 def attention_lse(q, k, v, causal=True, scale=None, dropout_p=0.0, seed=0, offsets=(0, 0)):
     """`plain.attention_lse` on the CPU."""
     reverse_mode_only("attention", q, k, v)
-    return _attention(q, k, v, *attention_options(q, causal, scale, dropout_p, seed, offsets))[:2]
+    return _outputs(q, k, v, causal, scale, dropout_p, seed, offsets)[:2]
+
+
+def _outputs(q, k, v, causal, scale, dropout_p, seed, offsets):
+    if scale == 0.0:  # by which ATen multiplies the -inf of its causal mask
+        q, scale = q * 0.0, 1.0
+    return _attention(q, k, v, *attention_options(q, causal, scale, dropout_p, seed, offsets))
 
 
 @torch.library.custom_op("heiretsu::attention_cpu", mutates_args=())

@@ -123,7 +123,8 @@ def test_rows_that_one_key_takes_are_as_exact_as_plains(form, size, H, Hkv, T, S
         )
         ours = gradients(attention_lse, [q, k, v], torch.float32, cotangents, causal=causal)
         for name, got, plains, exact in zip("qkv", ours, theirs, want, strict=True):
-            allowed = 4 * (plains - exact).abs().max() + 1e-6 * exact.abs().max() + 1e-30
+            # 1e-20 and less is of a p of e^-50, whose exponent float32 rounds by more than a thousandth.
+            allowed = 4 * (plains - exact).abs().max() + 1e-6 * exact.abs().max() + 1e-20
             assert (got - exact).abs().max() <= allowed, f"d{name}: {(got - exact).abs().max()}, not {allowed}"
 
 
@@ -206,7 +207,7 @@ def test_the_cpu_form_of_a_model_is_differentiable_through_views(causal):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("options", [dict(scale=0.6), dict(causal=False, scale=0.6), dict()])
+@pytest.mark.parametrize("options", [dict(scale=0.6), dict(causal=False, scale=0.6), dict(), dict(scale=0.0)])
 def test_every_path_of_the_cpu_form_takes_the_scale(options):
     """scaled_dot_product_attention where it may be, our operator where not: more keys, dropout."""
     q, k, v = qkv(B=2, T=7, S=7, D=8, dtype=torch.float64)
