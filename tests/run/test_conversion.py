@@ -105,6 +105,8 @@ def test_there_and_back_changes_no_bit(transformers, published, imported, tmp_pa
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
     assert read_model(out)[0].model == MODEL
+    with safetensors.safe_open(out / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # without it, older releases of transformers refuse the file
 
 
 def evaluate_step_evaluate(mesh, source: Path, out: Path, sizes: dict) -> tuple[float, float]:
