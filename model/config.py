@@ -37,7 +37,7 @@ class ModelConfig:
         return 4 * self.n_embed
 
     def is_moe(self, layer: int) -> bool:
-        """Every moe_freq-th layer, counted from 1, is a mixture: layers 1, 3, 5, ... for moe_freq 2."""
+        """Every moe_freq-th layer is a mixture: those of index 1, 3, 5, ... for moe_freq 2."""
         return self.num_experts > 0 and (layer + 1) % self.moe_freq == 0
 
     @property

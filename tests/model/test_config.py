@@ -47,6 +47,7 @@ def test_a_block_has_the_elements_on_a_rank_that_its_modules_declare(sizes, moe_
 
 def test_every_moe_freq_th_layer_is_a_mixture():
     assert ModelConfig(n_layer=6, num_experts=4, moe_freq=2).moe_layers == [1, 3, 5]
+    assert ModelConfig(n_layer=7, num_experts=4, moe_freq=3).moe_layers == [2, 5]
     assert ModelConfig(n_layer=3, num_experts=4, moe_freq=1).moe_layers == [0, 1, 2]
     assert ModelConfig(n_layer=6).moe_layers == []
 

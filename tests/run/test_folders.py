@@ -69,13 +69,6 @@ def test_a_folder_is_held_while_a_run_lasts_and_tidied_at_its_beginning(tmp_path
     assert FolderLock(tmp_path).take(grace_s=0.0) is None and said == []
 
 
-def test_a_folder_is_free_as_soon_as_its_run_has_failed(tmp_path):
-    with pytest.raises(ZeroDivisionError) as failure, held_folder(config(checkpoint_dir=tmp_path), ALONE):
-        raise ZeroDivisionError
-    assert failure.tb is not None  # which keeps alive what the run held, and nobody waits for the garbage collector
-    assert FolderLock(tmp_path).take(grace_s=0.0) is None
-
-
 def test_without_a_folder_and_on_other_ranks_nothing_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "FolderLock", lambda folder: pytest.fail("a lock was made"))
     monkeypatch.setattr(folders, "gather_objects", lambda mine, axis: [mine])
