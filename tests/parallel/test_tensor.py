@@ -2,6 +2,7 @@
 
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heiretsu.kernels import plain
 from heiretsu.parallel import tensor
+from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.parallel.tensor import ColumnParallelLinear, VocabParallelEmbedding
 
 VOCAB, PADDED, WIDTH, TOKENS = 6, 8, 2, 4  # of two shards, the second has two rows of padding
@@ -85,3 +87,14 @@ def backward_of_a_column(mesh):
 def test_the_weights_gradient_is_computed_while_dx_is_being_summed(ranks):
     for events in ranks(backward_of_a_column, tp=2):
         assert events == ["product", "sum", "product", "wait"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_of_padding_alone_adds_zeros_of_the_activations_dtype(monkeypatch, dtype):
+    monkeypatch.setattr(tensor, "reduce_from", lambda rows, tp: rows)
+    embedding = VocabParallelEmbedding(abstract_mesh(tp=4, rank=3), 9, 16, WIDTH, 0.02, torch.float32)
+    assert embedding.num_local_rows == 0
+    rows = embedding(torch.tensor([[0, 8, 3]]), dtype)
+    assert rows.dtype == dtype and rows.shape == (1, 3, WIDTH) and not rows.any()
+    rows.sum().backward()
+    assert embedding.weight.grad is not None and not embedding.weight.grad.any()
