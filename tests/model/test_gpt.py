@@ -4,11 +4,15 @@ import math
 import re
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from heiretsu.kernels import plain
 from heiretsu.model.config import ModelConfig
+from heiretsu.model.gpt import Block
+from heiretsu.model.seeding import fold
 from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.parallel.pipeline import Context
 from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from tests.training import DENSE, MIXTURE, dataset, run_config
@@ -53,3 +57,39 @@ def test_flops_of_gpt2_by_hand():
     """12 layers of 12 C^2 weights and T C of causal attention, and the head over 50257 tokens: 6 FLOPs for each."""
     gpt2 = ModelConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embed=768)
     assert gpt2.flops_per_token == 6 * (12 * (12 * 768**2 + 1024 * 768) + 50257 * 768) == 797_815_296
+
+
+class Watched:
+    """plain, and what its attention and dropout were told to drop: [(op, p, seed, offset of the sample)]."""
+
+    def __init__(self):
+        self.told = []
+
+    def __getattr__(self, name):
+        return getattr(plain, name)
+
+    def attention(self, q, k, v, dropout_p, seed, offsets, **options):
+        self.told.append(("attention", dropout_p, seed, offsets))
+        return plain.attention(q, k, v, dropout_p=dropout_p, seed=seed, offsets=offsets, **options)
+
+    def dropout(self, x, p, seed, sample_offset):
+        self.told.append(("dropout", p, seed, sample_offset))
+        return plain.dropout(x, p, seed, sample_offset)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_a_block_drops_three_times_with_seeds_of_step_layer_and_site_and_not_when_it_evaluates(p):
+    ops = Watched()
+    block = Block(1, abstract_mesh(), ModelConfig(n_layer=2, n_head=2, n_embed=16, dropout=p), ops, 7, torch.float32)
+    x, context = torch.randn(2, 3, 16), Context(step=5, first_sample=4)
+    block.train()(x, context)
+    attention, *others = ops.told
+    if p == 0.0:
+        assert (attention, others) == (("attention", 0.0, 0, (4, 0)), [])
+        return
+    seeds = {site: fold(7, 5, 1, site) for site in ("attention", "attention output", "mlp output")}
+    assert attention == ("attention", p, seeds["attention"], (4, 0))
+    assert others == [("dropout", p, seeds[site], 4) for site in ("attention output", "mlp output")]
+    ops.told.clear()
+    block.eval()(x, context)
+    assert ops.told == [("attention", 0.0, 0, (4, 0))]
