@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from heiretsu.kernels import plain
 from heiretsu.model.config import ModelConfig
-from heiretsu.model.gpt import Block
+from heiretsu.model.gpt import GPT, Block
 from heiretsu.model.seeding import fold
 from heiretsu.parallel.mesh import abstract_mesh
-from heiretsu.parallel.pipeline import Context
+from heiretsu.parallel.pipeline import Context, Microbatch
 from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
 from tests.training import DENSE, MIXTURE, dataset, run_config
@@ -93,3 +93,11 @@ def test_a_block_drops_three_times_with_seeds_of_step_layer_and_site_and_not_whe
     ops.told.clear()
     block.eval()(x, context)
     assert ops.told == [("attention", 0.0, 0, (4, 0))]
+
+
+def test_the_embedding_drops_first_with_a_seed_of_its_own():
+    ops = Watched()
+    config = ModelConfig(vocab_size=9, block_size=3, n_layer=1, n_head=2, n_embed=16, dropout=0.25)
+    ids = torch.tensor([[1, 2, 8]])
+    GPT(config, abstract_mesh(), ops, seed=7).train()(None, Microbatch(ids, ids, Context(step=5, first_sample=4)))
+    assert ops.told[0] == ("dropout", 0.25, fold(7, 5, "embedding"), 4) and len(ops.told) == 4
