@@ -41,6 +41,7 @@ def results(request, tmp_path_factory):
     return json.loads(path.read_text())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutation_is_caught(results, mutation):
     result = results[mutation]

@@ -5,6 +5,7 @@ import pytest
 from tests.gallery import FAULTS, check
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_caught_by_its_check(ranks, name):
     fault = FAULTS[name]

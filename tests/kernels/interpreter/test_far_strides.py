@@ -91,6 +91,7 @@ def run(op, tensors, rest, cotangents=None):
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, list(leaves.values()), cotangents)], cotangents
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("op", OPS)
 def test_far_operands_give_the_bits_of_compact_ones(op, memory):
     tensors, rest = inputs_of(op)

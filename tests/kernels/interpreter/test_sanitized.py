@@ -22,6 +22,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", ROWS)
 def test_every_order_of_programs_gives_the_same_bits_and_no_finding(case: Case):
     results = {}
