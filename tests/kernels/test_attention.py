@@ -207,6 +207,17 @@ def test_the_cpu_form_of_a_model_is_differentiable_through_views(causal):
     torch.testing.assert_close(*gradients)
 
 
+def test_gradients_of_few_queries_over_many_keys_are_not_added_up_in_16_bits():
+    """dq has a part of every block of keys: ATen's, in bfloat16, is further off than plain's."""
+    q, k, v = qkv(B=1, H=2, Hkv=2, T=16, S=4000, D=32, dtype=torch.bfloat16)
+    dout = [torch.randn(q.shape, generator=torch.Generator().manual_seed(1))]
+    exact = gradients(plain.attention_lse, [q, k, v], torch.float64, dout, causal=False)
+    theirs = gradients(plain.attention_lse, [q, k, v], torch.bfloat16, dout, causal=False)
+    ours = gradients(cpu_attention.attention_lse, [q, k, v], torch.bfloat16, dout, causal=False)
+    for got, plains, want in zip(ours, theirs, exact, strict=True):
+        assert (got - want).abs().max() < 0.7 * (plains - want).abs().max()
+
+
 @pytest.mark.parametrize("options", [dict(scale=0.6), dict(causal=False, scale=0.6), dict(), dict(scale=0.0)])
 def test_every_path_of_the_cpu_form_takes_the_scale(options):
     """scaled_dot_product_attention where it may be, our operator where not: more keys, dropout."""

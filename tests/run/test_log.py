@@ -125,6 +125,13 @@ def test_a_kill_while_the_log_is_shortened_leaves_it_as_it_was(tmp_path, monkeyp
     assert path.read_bytes() == before
 
 
+def test_a_line_is_in_the_file_as_soon_as_its_step_is_done(tmp_path):
+    log = run_log.LogFile(tmp_path / "run.jsonl", 0)
+    for step in (1, 2):
+        assert log.append({"step": step}) is None
+        assert (tmp_path / "run.jsonl").read_text().splitlines()[-1] == f'{{"step": {step}}}'
+
+
 def test_a_new_run_begins_a_new_log(tmp_path):
     config, path = log_of(tmp_path)
     write_steps(config, range(6))

@@ -41,5 +41,11 @@ def test_tokens_come_as_often_as_the_softmax_of_the_divided_logits_says(model, t
         assert abs(drawn.count(token) - DRAWS * p) <= allowed + 1, f"token {token} drawn {drawn.count(token)} times"
 
 
+def test_a_model_that_was_training_drops_nothing_when_it_is_sampled(model):
+    model.train()
+    assert next(generate(model, [0], 1)) in LOGITS
+    assert not model.training
+
+
 def test_a_temperature_of_zero_says_the_likeliest(model):
     assert list(generate(model, [0], 3, temperature=0)) == [3, 3, 3]
