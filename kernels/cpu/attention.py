@@ -242,7 +242,7 @@ def _add_row_gradients(hot, dout, dlse, q, k, v, causal, scale, dq, dk, dv):
             q_, k_, v_, dout_ = q[b, h, rows], k[b, h, keys], v[b, h, keys], dout[b, h, rows]
             s = (q_ @ k_.T).mul_(scale)
             if causal:
-                s.masked_fill_(torch.arange(keys.stop) > rows[:, None] + shift, -torch.inf)
+                s.masked_fill_(torch.arange(keys.stop, device="cpu") > rows[:, None] + shift, -torch.inf)
             p = s.softmax(-1)
             ds = dout_ @ v_.T
             ds -= (p * ds).sum(-1, keepdim=True)
@@ -284,8 +284,8 @@ def _forward_blocks(q, k, v, out, lse, keep, causal, scale, dropout, heads, blin
         row_lse = s.logsumexp(-1)
         lse[b, h, rows] = row_lse
         head = heads.start + h * heads.step + dropout.head_offset
-        queries = torch.arange(blind + rows.start, blind + rows.stop)
-        bits = philox.draw(dropout.seed, queries, torch.arange(keys.stop), head, b + dropout.batch_offset)
+        queries = torch.arange(blind + rows.start, blind + rows.stop, device="cpu")
+        bits = philox.draw(dropout.seed, queries, torch.arange(keys.stop, device="cpu"), head, b + dropout.batch_offset)
         kept = torch.ge(bits, dropout.drop_below, out=keep[b, h, rows, keys])
         keep[b, h, rows, keys.stop :] = False  # drawn for nobody, but an operator's output all the same
         p = s.sub_(row_lse[:, None]).exp_().mul_(kept)

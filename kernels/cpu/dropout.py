@@ -12,8 +12,8 @@ from heiretsu.kernels.random import drop_threshold, signed
 def keep_mask(shape, p, seed, offset):
     """`random.dropout_keep_mask` bit for bit, (B, T, C) bool, in blocks of a sample that the cache holds."""
     B, T, C = shape
-    keep, threshold = torch.empty(shape, dtype=torch.bool), drop_threshold(p)
-    positions, channels = torch.arange(T), torch.arange(C)
+    keep, threshold = torch.empty(shape, dtype=torch.bool, device="cpu"), drop_threshold(p)
+    positions, channels = torch.arange(T, device="cpu"), torch.arange(C, device="cpu")
     blocks = row_blocks(T, C)
     random = BlockPhilox(blocks[0].stop * C)
     for b in range(B):

@@ -16,7 +16,7 @@ class Gelu:
 
     def __init__(self, rows, width, dtype):
         self.step = block_rows(width)
-        self.scratch = torch.empty(5, min(rows, self.step), width, dtype=dtype)
+        self.scratch = torch.empty(5, min(rows, self.step), width, dtype=dtype, device="cpu")
         self.scratch[4] = GELU_LINEAR
 
     def __call__(self, x, bias, out, derivative):

@@ -14,7 +14,7 @@ class BlockPhilox:
     """
 
     def __init__(self, size: int):
-        self._scratch = torch.empty(6, size, dtype=torch.int64)
+        self._scratch = torch.empty(6, size, dtype=torch.int64, device="cpu")
 
     def draw(self, seed: int, rows, columns, head: int, batch: int) -> torch.Tensor:
         """Bits of counters (columns[None, :], rows[:, None], head, batch): (rows, columns) int64 in [0, 2**32).

@@ -187,8 +187,8 @@ def call(tmp_path, **changes):
 
 
 MISUSE = {
-    "missing file": ({"files": ["nowhere.txt"]}, r"nowhere\.txt: no such file"),
-    "missing validation file": ({"val_files": ["nowhere.txt"]}, r"nowhere\.txt: no such file"),
+    "missing file": ({"files": ["nowhere.txt"]}, r"nowhere\.txt: no such file$"),
+    "missing validation file": ({"val_files": ["nowhere.txt"]}, r"nowhere\.txt: no such file$"),
     "folder": ({"files": [ROOT / "data"]}, "data: is a folder; name the files in it"),
     "fraction of zero": ({"val_fraction": 0.0}, r"--val_fraction 0\.0: must lie between 0 and 1"),
     "fraction of one": ({"val_fraction": 1.0}, r"--val_fraction 1\.0"),
@@ -345,7 +345,7 @@ def test_command_makes_the_folder_and_says_how_to_train(how, tmp_path):
 
 
 def test_command_reports_an_error_in_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit, match=r"prepare\.py: nowhere\.txt: no such file"):
+    with pytest.raises(SystemExit, match=r"prepare\.py: nowhere\.txt: no such file$"):
         script.main(["nowhere.txt", "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
     assert capsys.readouterr().out == ""
 

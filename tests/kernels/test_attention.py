@@ -105,8 +105,9 @@ def gradients(attention_lse, inputs, dtype, cotangents, **options):
 @pytest.mark.parametrize("size", [1e4, 1e15])
 @pytest.mark.parametrize(
     ("H", "Hkv", "T", "S", "D", "causal", "every"),
-    [(1, 1, 1, 1, 16, True, 1), (2, 1, 6, 1, 16, False, 1), (2, 1, 30, 3, 16, False, 1), (2, 2, 70, 70, 16, True, 1), (2, 1, 40, 70, 20, True, 1),
-     (2, 2, 70, 40, 16, True, 1), (1, 1, 40, 70, 64, False, 3), (2, 2, 70, 70, 16, True, 3)],
+    [(1, 1, 1, 1, 16, True, 1), (2, 1, 6, 1, 16, False, 1), (2, 1, 30, 3, 16, False, 1), (2, 2, 70, 70, 16, True, 1),
+     (2, 1, 40, 70, 20, True, 1), (2, 2, 70, 40, 16, True, 1), (1, 1, 40, 70, 64, False, 3),
+     (2, 2, 70, 70, 16, True, 3)],
 )  # fmt: skip
 def test_rows_that_one_key_takes_are_as_exact_as_plains(form, size, H, Hkv, T, S, D, causal, every):
     """Where p is 1 and zeros, ds is 0: rounding noise in it, times scores of 1e15, was a dk of 1e8."""

@@ -47,5 +47,9 @@ def test_a_model_that_was_training_drops_nothing_when_it_is_sampled(model):
     assert not model.training
 
 
+def test_unless_told_otherwise_it_draws_from_all_at_a_temperature_of_one_with_a_seed_of_zero(model):
+    assert list(generate(model, [0], 100)) == list(generate(model, [0], 100, temperature=1.0, top_k=None, seed=0))
+
+
 def test_a_temperature_of_zero_says_the_likeliest(model):
     assert list(generate(model, [0], 3, temperature=0)) == [3, 3, 3]
