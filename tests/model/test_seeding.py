@@ -20,6 +20,8 @@ def test_initial_values_are_float32_on_the_cpu_whatever_is_the_default():
     place = Placement("x", spec, abstract_mesh())
     whole = initial_value(place, 7)
     assert whole.dtype == torch.float32 and (whole[4:] == 0).all() and (whole[:4] != 0).all()
+    by_hand = torch.empty(6, 3).normal_(0.0, 0.5, generator=torch.Generator().manual_seed(fold(7, "init", "x")))
+    assert torch.equal(whole[:4], by_hand[:4])
     constant = Placement("y", Spec((2,), partial_over=REPLICAS, fill=3.0), abstract_mesh())
     torch.set_default_dtype(torch.float64)
     try:

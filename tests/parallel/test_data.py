@@ -97,6 +97,10 @@ def test_a_bucket_is_full_once_it_holds_its_bytes():
     assert data_parallel._group(params, table, 32) == [["c"], ["b"], ["a"], ["d"]]
     assert data_parallel._group(params, table, 33) == [["c", "b"], ["a"], ["d"]]
     assert data_parallel._group(params, table, 10_000) == [["c", "b", "a"], ["d"]]
+    large = {name: torch.nn.Parameter(torch.empty(10 * 2**18, device="meta")) for name in params}  # 10 MiB
+    assert data_parallel._group(large, table, data_parallel.BUCKET_BYTES) == [["c", "b", "a"], ["d"]]
+    larger = {name: torch.nn.Parameter(torch.empty(13 * 2**18, device="meta")) for name in params}
+    assert data_parallel._group(larger, table, data_parallel.BUCKET_BYTES) == [["c", "b"], ["a"], ["d"]]
 
 
 def test_gradients_are_zeroed_scaled_and_left_alone_outside_of_a_step():

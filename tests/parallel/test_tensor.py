@@ -1,5 +1,6 @@
 """Tensor-parallel layers where a run does not show them: large logits, and work that hides a sum."""
 
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
@@ -98,3 +99,28 @@ def test_a_rank_of_padding_alone_adds_zeros_of_the_activations_dtype(monkeypatch
     assert rows.dtype == dtype and rows.shape == (1, 3, WIDTH) and not rows.any()
     rows.sum().backward()
     assert embedding.weight.grad is not None and not embedding.weight.grad.any()
+
+
+def test_the_sum_of_dx_is_sent_first_and_waited_for_as_for_other_ranks():
+    """A straggler's own time is a step's without what it waits: see activity.py."""
+    events = []
+
+    class Pending:
+        def wait(self):
+            events.append("waited")
+
+    def all_reduce(dx, group, async_op):
+        assert async_op
+        events.append("sent")
+        return Pending()
+
+    def region(name, waits=False):
+        events.append((name, waits))
+        return nullcontext()
+
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    weight.register_hook(lambda grad: events.append("weight"))
+    with patch.object(tensor.dist, "all_reduce", all_reduce), patch.object(tensor, "region", region):
+        tensor.column_linear(x, weight, abstract_mesh(tp=2).tp).sum().backward()
+    assert events == ["sent", ("all-reduce tp", True), "waited", "weight"]
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(5, 4))
