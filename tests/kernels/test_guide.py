@@ -55,7 +55,7 @@ def run(folder, *command, **variables):
 def test_its_tests_pass(copy, interpreted):
     if interpreted == "1" and not forms.HAS_TRITON:
         pytest.skip("there is no Triton")
-    tests = ["tests/kernels", "-k", "squared_relu", "-m", "not full", "-p", "no:cacheprovider"]
+    tests = ["tests/kernels", "-k", "squared_relu", "-p", "no:cacheprovider"]
     tests += [f"--ignore=tests/kernels/{name}.py" for name in ("test_mutations", "test_interpreted")]  # see below
     said = run(copy, "-m", "pytest", "-q", *tests, TRITON_INTERPRET=interpreted)
     assert int(re.search(r"(\d+) passed", said)[1]) > 20, said
