@@ -184,6 +184,8 @@ def test_sizes_that_follow_by_hand():
     assert (config.replicas, config.num_ranks, config.stages_per_rank) == (6, 24, 3)
     assert (config.global_batch_size, config.tokens_per_step) == (5 * 6 * 6, 5 * 6 * 6 * 17)
     assert parse_args(["--pp", "2", "--virtual_stages", "2"], world_size=2).stages_per_rank == 1
+    mesh = "--dp 2 --ep 1 --pp 3 --tp 4 --n_layer 3 --grad_accum_steps 3".split()
+    assert parse_args(mesh, world_size=24).mesh == (2, 1, 3, 4)
 
 
 AT_LEAST_1 = (
