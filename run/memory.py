@@ -95,9 +95,9 @@ def host_bytes() -> int:
     return min(physical, int(text)) if text.isdigit() else physical
 
 
-def _words(count: int) -> str:
+def _words(count: float) -> str:
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"
-        count /= 1024  # type: ignore[assignment]
+        count /= 1024
     return f"{count:.3g} EiB"
