@@ -30,10 +30,11 @@ from typing import Any
 try:
     import modal
 
+    from heiretsu.run.config import RunConfig
     from heiretsu.run.data_sheets import data_sheet
     from heiretsu.run.flags import command_line
     from heiretsu.run.memory import bytes_of_a_rank
-    from heiretsu.run.options import RunConfig, parse_args
+    from heiretsu.run.options import parse_args
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing}: run `pip install -e .[modal]` in this folder (or `make train`, for a run on this machine)")
 

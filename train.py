@@ -5,13 +5,14 @@
     torchrun --standalone --nproc_per_node=2 train.py --ep 2 --num_experts 8
     torchrun --standalone --nproc_per_node=8 train.py --dp 2 --tp 2 --pp 2 --grad_accum_steps 4 --fused --amp bf16
 
-The flags are those of heiretsu.run.options; `python train.py --help` lists them.
+The flags are those of heiretsu.run.config; `python train.py --help` lists them.
 """
 
 import sys
 
 try:
-    from heiretsu.run.options import RunConfig, parse_args, refuse
+    from heiretsu.run.config import RunConfig
+    from heiretsu.run.options import parse_args, refuse
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: install the checkout first, with `pip install -e .` (or `make train`, which makes a .venv)")
 

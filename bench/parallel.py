@@ -38,8 +38,9 @@ from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import make_mesh, process_groups
 from heiretsu.parallel.pipeline import Context, Microbatch
 from heiretsu.run.building import build_engine
+from heiretsu.run.config import RunConfig
 from heiretsu.run.interfaces import use_interface
-from heiretsu.run.options import RunConfig, parse_args
+from heiretsu.run.options import parse_args
 
 AXES = ("dp", "tp", "pp", "ep")
 WARMUP_STEPS, COUNTED_STEPS = 2, 3

@@ -40,10 +40,11 @@ from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
 from heiretsu.parallel.pipeline import Microbatch
 from heiretsu.run.batches import microbatches
 from heiretsu.run.building import build_engine
+from heiretsu.run.config import RunConfig
 from heiretsu.run.cpu_memory import keep_freed_memory
 from heiretsu.run.data_sheets import data_sheet
 from heiretsu.run.device import find_device
-from heiretsu.run.options import RunConfig, parse_args
+from heiretsu.run.options import parse_args
 
 CPU_VARIANTS = "plain,plain+bf16,plain+bf16+compile,fused+bf16"
 GPU_VARIANTS = "plain+bf16,plain+bf16+compile,fused+bf16,fused+bf16+compile"

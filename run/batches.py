@@ -11,7 +11,7 @@ from heiretsu.data.batches import TokenDataset
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.pipeline import Context, Microbatch
-from heiretsu.run.options import RunConfig
+from heiretsu.run.config import RunConfig
 
 Read = Callable[[range], tuple[torch.Tensor, torch.Tensor]]
 

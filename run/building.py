@@ -15,7 +15,7 @@ from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.placement import placement_table
 from heiretsu.parallel.schedules import SCHEDULES
 from heiretsu.parallel.updater import LossScaler, Updater
-from heiretsu.run.options import RunConfig
+from heiretsu.run.config import RunConfig
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's

@@ -18,7 +18,7 @@ from heiretsu.model import hf
 from heiretsu.parallel.checkpoint_folder import checkpoints
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run.building import build_engine
-from heiretsu.run.options import RunConfig
+from heiretsu.run.config import RunConfig
 from heiretsu.run.saved import load_model
 from heiretsu.run.state import save
 

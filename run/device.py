@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from heiretsu.kernels import fused, plain
-from heiretsu.run.options import RunConfig
+from heiretsu.run.config import RunConfig
 
 
 def find_device(config: RunConfig) -> torch.device:

@@ -10,8 +10,8 @@ from pathlib import Path
 from heiretsu.parallel.checkpoint_folder import tidy
 from heiretsu.parallel.collectives import gather_objects
 from heiretsu.parallel.mesh import Mesh
+from heiretsu.run.config import RunConfig
 from heiretsu.run.lock import FolderLock
-from heiretsu.run.options import RunConfig
 
 
 def agreed(mesh: Mesh, work: Callable[[], None]) -> None:

@@ -17,8 +17,8 @@ import torch
 
 from heiretsu.parallel.engine import StepReport
 from heiretsu.parallel.mesh import Mesh
+from heiretsu.run.config import RunConfig
 from heiretsu.run.data_sheets import data_sheet
-from heiretsu.run.options import RunConfig
 
 LONGEST_SILENCE_S = 20.0
 

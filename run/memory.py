@@ -10,10 +10,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from heiretsu.run.options import RunConfig
+from heiretsu.run.config import RunConfig
 
 LARGEST_GPU_BYTES = 288 * 2**30  # of one GPU that can be bought (B300, MI355X); which one it is, nobody knows yet
 _ACTION_BYTES = 500  # of a microbatch in the lists of a schedule, at least

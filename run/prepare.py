@@ -23,12 +23,12 @@ import heiretsu.parallel
 import heiretsu.run
 from heiretsu.data.batches import TokenDataset, open_data
 from heiretsu.data.folder import tokenizer_of
+from heiretsu.run.config import RunConfig
 from heiretsu.run.cpu_memory import keep_freed_memory
 from heiretsu.run.device import choose_ops, find_device
 from heiretsu.run.folders import make_folders
 from heiretsu.run.hosts import placed_rank
 from heiretsu.run.interfaces import use_interface
-from heiretsu.run.options import RunConfig
 from heiretsu.run.resume import named_checkpoint
 from heiretsu.run.roll_call import Report
 

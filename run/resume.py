@@ -13,8 +13,8 @@ from heiretsu.parallel.checkpoint_folder import complete, newest_whole, set_asid
 from heiretsu.parallel.checkpoint_seal import read_run, step_of
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh
+from heiretsu.run.config import RunConfig
 from heiretsu.run.folders import agreed
-from heiretsu.run.options import RunConfig
 from heiretsu.run.saved import newest_in
 from heiretsu.run.state import MAY_CHANGE, load, load_parameters
 

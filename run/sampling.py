@@ -10,7 +10,7 @@ from heiretsu.data.tokenizer import load_tokenizer
 from heiretsu.model.gpt import GPT
 from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh
-from heiretsu.run.options import RunConfig
+from heiretsu.run.config import RunConfig
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.engine import Engine, StepReport
-from heiretsu.run.options import RunConfig, refuse
+from heiretsu.run.config import RunConfig
+from heiretsu.run.options import refuse
 from heiretsu.run.state import facts_of
 
 LONGEST_SAVE = timedelta(hours=2)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from heiretsu.parallel.engine import StepReport
-from heiretsu.run.options import RunConfig
+from heiretsu.run.config import RunConfig
 from heiretsu.run.watch import GAVE_UP
 
 SIGNAL = 0xFF  # of what a rank tells the others, the part that is a signal's number

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from heiretsu.parallel.mesh import abstract_mesh, process_groups
-from heiretsu.run.options import RunConfig, refuse
+from heiretsu.run.config import RunConfig
+from heiretsu.run.options import refuse
 from heiretsu.run.roll_call import Report, assemble
 from heiretsu.run.watch import GRACE_S, watched
 

@@ -12,8 +12,8 @@ from heiretsu.parallel.mesh import Mesh
 from heiretsu.parallel.profiling import StepProfiler
 from heiretsu.parallel.replicas import first_difference
 from heiretsu.run.batches import evaluate, read_batches
+from heiretsu.run.config import RunConfig
 from heiretsu.run.log import RunLog
-from heiretsu.run.options import RunConfig
 from heiretsu.run.sampling import find_tokenizer, sample
 from heiretsu.run.saving import Saver
 from heiretsu.run.stop import Stop

@@ -40,8 +40,9 @@ from heiretsu.model.hf import gpt2
 from heiretsu.parallel import checkpoint_seal
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run import conversion, options
+from heiretsu.run.config import RunConfig
 from heiretsu.run.flags import command_line
-from heiretsu.run.options import RunConfig, parse_args
+from heiretsu.run.options import parse_args
 from heiretsu.run.resume import find_origin
 
 ROOT = Path(__file__).parents[1]

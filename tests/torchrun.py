@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from heiretsu.model.config import ModelConfig
 from heiretsu.parallel.mesh import Mesh, make_mesh, process_groups
-from heiretsu.run.options import RunConfig, check
+from heiretsu.run.config import RunConfig
+from heiretsu.run.options import check
 from tests.training import DENSE, MIXTURE, run_config
 
 # Every axis divides it up to 4, and every stage of four has a layer; experts, when a mesh has ep, in half of the

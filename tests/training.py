@@ -25,7 +25,8 @@ from heiretsu.parallel.engine import Engine
 from heiretsu.parallel.mesh import Mesh, abstract_mesh
 from heiretsu.run import batches
 from heiretsu.run.building import build_engine
-from heiretsu.run.options import RunConfig, parse_args
+from heiretsu.run.config import RunConfig
+from heiretsu.run.options import parse_args
 
 TRAIN = str(Path(__file__).parents[1] / "train.py")
 OPS = {"plain": plain, "fused": fused}

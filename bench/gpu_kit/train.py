@@ -30,8 +30,9 @@ from heiretsu.kernels.control import CONTROL
 from heiretsu.kernels.gpu import autotune
 from heiretsu.kernels.recording import recording
 from heiretsu.parallel.mesh import make_mesh
+from heiretsu.run.config import RunConfig
 from heiretsu.run.data_sheets import data_sheet
-from heiretsu.run.options import RunConfig, parse_args
+from heiretsu.run.options import parse_args
 from heiretsu.run.tuning import call_runs, record_calls
 
 GPT2 = "--preset gpt2 --tokenizer gpt2 --block_size 1024".split()

@@ -1,6 +1,7 @@
 """Imports go one way: train -> run -> model -> parallel; kernels, parallel, data stand alone; bench, tests see all."""
 
 import ast
+import graphlib
 import importlib
 from pathlib import Path
 
@@ -70,13 +71,45 @@ def test_entry_scripts_import_neither_bench_nor_tests():
     assert {name: bad for name, bad in found.items() if bad} == {}
 
 
+def module_name(path: Path) -> str:
+    return ".".join(("heiretsu", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def floors(programs: dict[str, str]) -> list[str]:
+    """Names of modules, each after all that it imports, for types or late ones included. CycleError names a circle."""
+    below = {}
+    for name, source in programs.items():
+        nodes = list(ast.walk(ast.parse(source)))
+        froms = [
+            (node.module or "", alias.name)
+            for node in nodes
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        ]
+        names = {f"{module}.{one}" if f"{module}.{one}" in programs else module for module, one in froms}
+        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        below[name] = names & programs.keys()
+    return list(graphlib.TopologicalSorter(below).static_order())
+
+
+def test_no_module_comes_back_to_itself_through_its_imports():
+    folders = ("kernels", "parallel", "model", "data", "run")
+    programs = {module_name(path): path.read_text() for folder in folders for path in sources(folder)}
+    assert set(floors(programs)) == set(programs)
+
+
+def test_a_circle_is_seen():
+    programs = {"heiretsu.a": "from heiretsu.b import x", "heiretsu.b": "def f():\n    from heiretsu import a"}
+    with pytest.raises(graphlib.CycleError):
+        floors(programs)
+
+
 LISTING = [path for folder in FOLDERS for path in sources(folder) if "__all__ = " in path.read_text()]
 
 
 @pytest.mark.parametrize("path", LISTING, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_what_a_module_lists_as_its_own_is_there(path):
-    name = ".".join(("heiretsu", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
-    module = importlib.import_module(name)
+    module = importlib.import_module(module_name(path))
     assert [missing for missing in module.__all__ if not hasattr(module, missing)] == []
 
 

@@ -12,10 +12,11 @@ import torch
 
 from heiretsu.model.gpt import GPT, build_stages
 from heiretsu.parallel.mesh import abstract_mesh
-from heiretsu.run import options
+from heiretsu.run import config, options
+from heiretsu.run.config import RunConfig
 from heiretsu.run.flags import command_line
 from heiretsu.run.memory import bytes_of_a_rank
-from heiretsu.run.options import RunConfig, parse_args, refuse
+from heiretsu.run.options import parse_args, refuse
 
 DEFAULTS = {
     "preset": "tiny",
@@ -393,9 +394,9 @@ def flags_in_words() -> str:
     """Each flag, under its heading: type, default, choices, names of its values, help, and its bounds."""
     lines = []
     for group in options._parser()._action_groups:
-        lines += [f"[{group.title}]"] if group._group_actions and group.title in options.GROUPS else []
+        lines += [f"[{group.title}]"] if group._group_actions and group.title in config.GROUPS else []
         for action in group._group_actions if lines else ():
-            bounds = options.FLAGS[action.dest].bounds
+            bounds = config.FLAGS[action.dest].bounds
             kind = action.type.__name__ if action.type else type(action).__name__.strip("_")
             parts = [*action.option_strings, kind, action.default, action.choices, action.nargs, action.metavar]
             about = (
@@ -419,7 +420,7 @@ def test_every_flag_is_in_one_of_these_tables():
 
 def test_every_number_has_its_bounds():
     numbers = {action.dest for action in options._parser()._actions if action.type in (int, float)}
-    assert len(numbers) > 30 and numbers == {name for name, flag in options.FLAGS.items() if flag.bounds}
+    assert len(numbers) > 30 and numbers == {name for name, flag in config.FLAGS.items() if flag.bounds}
 
 
 FAR_TOO_LARGE = (
