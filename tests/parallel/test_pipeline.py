@@ -11,6 +11,7 @@ from heiretsu.parallel.activity import ACTIVITY
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.parallel.pipeline import Microbatch, run_schedule
 from heiretsu.parallel.schedules import SCHEDULES, lower
+from heiretsu.parallel.schedules.actions import Kind
 from heiretsu.run.building import build_engine
 from tests.training import DENSE, run_config
 
@@ -76,6 +77,16 @@ def test_the_first_stage_keeps_what_it_sends_until_it_has_left(done):
         "receive of gradients of microbatch 1 in stage 0 / backward of microbatch 1 in stage 0: waited for from 1",
         *["wait for sends: waited for to 1"] * (1 if done else 2),
     ]
+
+
+def test_what_is_sent_lies_in_one_piece_and_lives_until_it_has_left():
+    """A stage may hand on a view, and what lies in pieces neither gloo nor NCCL takes."""
+    sent, mesh, hidden = [], abstract_mesh(pp=2, rank=0), torch.arange(6.0).view(2, 3).t()
+    sends = pipeline._Sends()
+    with patch.object(pipeline.dist, "isend", lambda tensor, peer, group: sent.append(tensor) or Work([], "it", False)):
+        sends.start(hidden, mesh.pp, Kind.SEND_FORWARD)
+    assert sent[0].is_contiguous() and sent[0].equal(hidden)
+    assert sends.pending[0][1] is sent[0]
 
 
 def test_regions_have_short_names_in_traces_and_those_that_wait_are_marked():

@@ -289,10 +289,10 @@ def torchrun(monkeypatch):
 
 
 def test_several_nodes_meet_before_torchrun_starts_and_one_has_nobody_to_meet(torchrun):
-    launch.main("--nnodes=2 --node_rank=1 --master_addr=alder --nproc_per_node=8 train.py --dp 16".split())
+    launch.main("--nnodes=2 --node_rank=1 --master_addr=alder-X --nproc_per_node=8 train.py --dp 16".split())
     launch.main("--nnodes=1:3 --node_rank=0 --master_addr=[::1] --master_port=7 --wait_s 2.5 train.py".split())
     launch.main("--nnodes=1 --nproc_per_node=8 train.py --wait_s_of_mine".split())
-    assert torchrun.met == [(2, 1, "alder", 29500, 300.0), (3, 0, "::1", 7, 2.5)]
+    assert torchrun.met == [(2, 1, "alder-X", 29500, 300.0), (3, 0, "::1", 7, 2.5)]
     assert [args.training_script for (args,) in torchrun.ran] == ["train.py"] * 3
     assert torchrun.ran[0][0].training_script_args == ["--dp", "16"]
 

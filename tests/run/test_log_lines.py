@@ -3,6 +3,7 @@
 import io
 import json
 import types
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -75,8 +76,11 @@ def test_on_a_terminal_there_is_a_bar_and_few_lines(monkeypatch, capsys, known_m
     monkeypatch.setattr(run_log.sys, "stderr", Terminal())
     log = RunLog(parse_args(["--max_iters", "40"]), abstract_mesh(), first_step=10)
     assert (log.bar.total, log.bar.n, log.bar.unit) == (40, 10, "step") and callable(log.bar.dynamic_ncols)
-    for step in (10, 11):
-        log.write({"step": step, "loss": 2.0, "tokens_per_s": 10.0}, GOOD)
+    drawn = []
+    with patch.object(log.bar, "refresh", lambda *args, **kwargs: drawn.append(log.bar.n)):
+        for step in (10, 11):
+            log.write({"step": step, "loss": 2.0, "tokens_per_s": 10.0}, GOOD)
+    assert 10 not in drawn and drawn.count(11) <= 1  # at the most once a step, with its number
     assert log.bar.n == 12 and log.bar.postfix.startswith("loss 2.0000, 10 tokens/s")
     assert capsys.readouterr().out == ""
     log.write({"step": 12, "loss": 2.0, "tokens_per_s": 10.0, "eval_loss": 1.0}, GOOD)
