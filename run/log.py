@@ -148,7 +148,6 @@ class LogFile:
 
     def __init__(self, path: str | os.PathLike, first_step: int):
         self.path, self.complained = Path(path), False
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if first_step and self.path.exists():
             _keep_steps_before(self.path, first_step)
         self.file = open(self.path, "ab", buffering=0)

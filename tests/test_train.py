@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import unittest.mock
 from dataclasses import replace
 from pathlib import Path
@@ -226,6 +227,18 @@ def test_every_rank_launches_what_rank_0_chose(ranks):
     (first, asked), (second, unasked) = ranks(choices_of_a_rank, dp=2)
     assert list(first.values()) == list(second.values()) == [{"num_warps": 1}]
     assert {*asked} == {"attention", "linear_cross_entropy", "bias_gelu", "layer_norm"} and unasked == []
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_tuning_took_of_a_gpu_is_given_back(kind):
+    engine = types.SimpleNamespace(mesh=abstract_mesh(device=kind))
+    with (
+        unittest.mock.patch.object(tuning, "record_calls", lambda *_: []),
+        unittest.mock.patch.object(tuning, "autotune", types.SimpleNamespace(tune=lambda *_: {}), create=True),
+        unittest.mock.patch.object(torch.cuda, "empty_cache") as emptied,
+    ):
+        tuning.tune_kernels(engine, [])
+    assert emptied.call_count == (kind == "cuda")
 
 
 def write_data(folder: Path, train=1000, val=1000, tokens=None) -> list[str]:

@@ -1,6 +1,7 @@
 """attention and attention_lse beyond parity: layout, memory, shards, tracing, derivatives, and what they refuse."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -46,6 +47,20 @@ def test_output_is_laid_out_for_the_next_projection(form):
     attention_lse, *_, device = functions(form)
     out, _ = attention_lse(*qkv(B=2, H=3, Hkv=3, T=4, D=8, device=device))
     assert out.transpose(1, 2).reshape(2, 4, 24).data_ptr() == out.data_ptr()
+
+
+@pytest.mark.parametrize("T, direct", [(1, True), (256, True), (257, False), (0, False)])
+def test_short_16_bit_sequences_go_to_torch_as_they_are(T, direct):
+    """Which every mode of torch knows; what torch cannot take, or not exactly, goes through our operator."""
+    q, k, v = qkv(T=T, S=T, dtype=torch.bfloat16)
+    with patch.object(cpu_attention, "_outputs", return_value=("through the operator",)) as ours:
+        out = cpu_attention.attention(q, k, v)
+    assert ours.called != direct and (out == "through the operator" if not direct else out.shape == q.shape)
+
+
+def test_the_mask_of_dropout_is_a_byte_an_element():
+    *_, keep = cpu_attention._attention(*qkv(), True, 0.3, 0.4, 7, 0, 0)
+    assert keep.dtype == torch.bool and keep.shape == (1, 2, 5, 5)
 
 
 @each_form

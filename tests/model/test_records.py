@@ -12,6 +12,7 @@ from heiretsu.kernels import plain, random
 from heiretsu.model import config, gpt
 from heiretsu.parallel import data as data_parallel
 from heiretsu.parallel.engine import StepReport
+from heiretsu.parallel.pipeline import Microbatch
 from heiretsu.run import building as build
 
 # Those whose fields are set again while a run goes on. Every other dataclass is frozen.
@@ -79,6 +80,11 @@ SIZES = {  # Radford et al. 2019, table 2; heads from the released checkpoints
 def test_presets_are_the_released_sizes():
     names = ("n_layer", "n_head", "n_embed", "block_size")
     assert {preset: tuple(sizes[name] for name in names) for preset, sizes in config.PRESETS.items()} == SIZES
+
+
+def test_a_microbatch_that_is_told_nothing_is_the_first_of_a_run():
+    context = Microbatch(torch.zeros(1, 1), torch.zeros(1, 1)).context
+    assert (context.step, context.first_sample) == (0, 0)
 
 
 def test_a_report_of_a_step_says_no_more_than_it_was_told():

@@ -239,7 +239,7 @@ EDITS = [
     ),
     Edit(
         "tokens a second of one microbatch",
-        "run/options.py",
+        "run/config.py",
         "self.batch_size * self.grad_accum_steps * self.replicas",
         "self.batch_size * self.replicas",
         SPEED,

@@ -117,11 +117,19 @@ def test_copies_of_a_gpus_pieces_are_pinned_and_waited_for(monkeypatch, gpu):
         made.append((shape, options.pop("pin_memory"), options))
         return real(shape, **options)
 
+    overlap, copy = [], torch.Tensor.copy_
+
+    def copied(into, piece, non_blocking=False):
+        overlap.append(non_blocking)
+        return copy(into, piece)
+
     monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
     copies, mine = Copies(), torch.tensor([1.0, 2.0], dtype=torch.float64)
     staged = copies.stage({"x": mine})
     assert staged["x"] is copies.pieces["x"] and staged["x"] is not mine and staged["x"].tolist() == [1.0, 2.0]
     assert made == [((2,), gpu, {"dtype": torch.float64, "device": "cpu"})] and waited == [[1.0, 2.0]] * gpu
+    assert overlap == [gpu]  # all pieces are on their way together
     copies.stage({"x": mine + 1})
     assert len(made) == 1 and staged["x"].tolist() == [2.0, 3.0]
 

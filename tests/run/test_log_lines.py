@@ -50,7 +50,7 @@ def test_without_a_known_peak_there_is_no_mfu(tmp_path, capsys, monkeypatch):
 
 
 def test_a_record_gets_mfu_and_memory(tmp_path, capsys, known_machine):
-    path = tmp_path / "new" / "log.jsonl"
+    path = tmp_path / "log.jsonl"
     lines(capsys, {"step": 3, "grad_norm": float("nan")}, flags=["--log_file", str(path)])
     record = json.loads(path.read_text())
     mfu = record.pop("mfu")
