@@ -63,6 +63,23 @@ def test_the_mask_of_dropout_is_a_byte_an_element():
     assert keep.dtype == torch.bool and keep.shape == (1, 2, 5, 5)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("turned", range(4))
+def test_elements_that_are_no_neighbours_give_the_same_bits(turned, dropout_p):
+    """q, k, v or the gradient of out, column by column in memory: ATen would read it as if it were row by row."""
+    inputs = [t.detach() for t in [*qkv(B=2, T=6, S=6, D=4), torch.randn(2, 2, 6, 4)]]
+
+    def run(q, k, v, dout):
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        out, lse = cpu_attention.attention_lse(*leaves, dropout_p=dropout_p, seed=3)
+        return [out, lse, *torch.autograd.grad(out, leaves, dout)]
+
+    want = run(*(t.clone() for t in inputs))
+    inputs[turned] = inputs[turned].mT.contiguous().mT
+    assert inputs[turned].stride()[-2:] == (1, 6)
+    assert all(map(torch.equal, run(*inputs), want))
+
+
 @each_form
 def test_a_shard_of_batch_and_heads_draws_the_mask_of_the_whole(form):
     attention_lse, *_, device = functions(form)
