@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args)
     except SignalException as ended:
-        print(f"{PROGRAM}: node {args.node_rank} was ended by {signal.Signals(ended.sigval).name}", flush=True)
+        print(f"{PROGRAM}: node {args.node_rank} was ended by {signal.Signals(ended.sigval).name}")
         sys.exit(128 + ended.sigval)
     except ChildFailedError as failed:
         print(failed, file=sys.stderr, flush=True)

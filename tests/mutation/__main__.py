@@ -5,9 +5,9 @@
     python -m tests.mutation --edits parallel/mesh.py:97               # every edit of one line
 
 Each edit is tried alone in a copy of the tree, on the tests that reach it, up to --budget seconds of them: those of its
-own test file first, then the quickest files. One that no test notices survives, and is printed. Edits that are listed
-in equal.txt, because they change nothing that a user can see, are not drawn. Triton's kernels have a list of their own:
-tests/kernels/mutation_runner.py. See docs/mutation-score.md.
+own test file first, then the quickest files and those that speak of what is edited. One that no test notices survives,
+and is printed. Edits that are listed in equal.txt, because they change nothing that a user can see, are not drawn.
+Triton's kernels have a list of their own: tests/kernels/mutation_runner.py. See docs/mutation-score.md.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import os
 import queue
 import random
+import re
 import sys
 import threading
 import time
@@ -36,6 +37,7 @@ PRODUCT = [
     "parallel/**/*.py", "data/*.py", "run/**/*.py",
     "kernels/*.py", "kernels/cpu/*.py",
 ]  # fmt: skip
+NAME = re.compile(r"[A-Za-z_]\w+")
 IMPORT = "its import alone"  # no test has this name: the file is collected, and nothing is run
 FIRST_BUNDLE_S = 3.0  # most edits are seen by the first few tests: no need to import the files of all the others
 
@@ -56,6 +58,7 @@ class Session:
     root: Path
     sources: dict[str, str]
     reach: Reach
+    words: dict[str, set[str]]  # of the test files
     budget_s: float
     lock: threading.Lock = field(default_factory=threading.Lock)
     green: dict[str, bool] = field(default_factory=dict)  # tests -> they pass without any edit
@@ -81,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         files = [f for f in test_files(root) if any(fnmatch.fnmatch(f, glob) for glob in options.tests)]
         measured = Measured(root / "build" / "mutation" / "reach.json")
         _measure_all(copies, measured, root, files, sources, options.measure)
-        session = Session(root, sources, Reach(sources, measured.parts(files)), options.budget)
+        words = {file: set(NAME.findall((root / file).read_text())) for file in files}
+        session = Session(root, sources, Reach(sources, measured.parts(files)), words, options.budget)
         chosen, skipped = draw_edits(edits, equal, sources, options)
         print(f"{len(edits)} edits of {len(sources)} files, {len(equal)} of them listed as equal; {len(chosen)} to try")
         verdicts = _try_all(copies, session, chosen)
@@ -250,12 +254,15 @@ def _bundles(edit: Edit, tests: set[str], beside: set[str], session: Session) ->
             by_file.setdefault(file, []).append(test)
     path = Path(edit.file)
     own = Path("tests", path.parent, f"test_{path.name}").as_posix()
-
-    def cost(names):
-        return sum(seconds[name] for name in names)
+    speak_of = {name: [file for file in by_file if name in session.words[file]] for name in NAME.findall(edit.before)}
 
     def place(file):
-        return file != own, not tests.intersection(by_file[file]), cost(by_file[file]), file
+        """The edited file's own tests first, then the quickest; those that run what is edited, and files that have rare
+        names of the edited lines in them, may take longer."""
+        cost = sum(seconds[name] for name in by_file[file])
+        kinship = 0.1 + 0.4 * (not tests.isdisjoint(by_file[file]))
+        kinship += sum(1 / len(files) for files in speak_of.values() if file in files)
+        return file != own, cost / kinship, file
 
     order = sorted(by_file, key=place)
     bundles: list[dict[str, list[str]]] = [{}, {}]

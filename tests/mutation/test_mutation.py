@@ -1,6 +1,7 @@
 """The mutation tool on a toy of a product: what it edits, what it finds, and that it leaves the tree alone."""
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -8,10 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.mutation.__main__ import IMPORT, blamed_for, draw_edits, main, without
+from tests.mutation.__main__ import IMPORT, Session, _bundles, blamed_for, draw_edits, main, without
 from tests.mutation.edits import edits_of
 from tests.mutation.equal import read_equal
 
@@ -121,6 +123,20 @@ def test_a_seed_draws_the_same_edits_and_none_that_is_listed_as_equal(tmp_path):
     everything, skipped = draw(1, 100)
     assert set(everything) == set(edits) - equal and skipped == 1
     assert draw(1, 4) == draw(1, 4) != draw(2, 4) and len(draw(1, 4)[0]) == 4
+
+
+def test_the_own_tests_come_first_then_the_quickest_and_those_that_speak_of_the_edit():
+    (edit, *_) = (edit for edit in edits_of("model/thing.py", THING) if edit.before == "if x > limit:")
+    own, quick, slow, kin = "tests/model/test_thing.py", "tests/a.py", "tests/b.py", "tests/c.py"
+    seconds = {f"{own}::x": 9.0, f"{quick}::x": 1.0, f"{slow}::x": 20.0, f"{kin}::x": 4.0, f"{kin}::y": 40.0}
+    words = {own: set(), quick: {"x"}, slow: {"x"}, kin: {"limit", "x"}}
+    session = Session(Path(), {}, SimpleNamespace(seconds=seconds), words, budget_s=60.0)
+    assert _bundles(edit, {*seconds}, set(), session) == (
+        [{own: [f"{own}::x"]}, {quick: [f"{quick}::x"], kin: [f"{kin}::x", f"{kin}::y"]}], 1
+    )  # fmt: skip
+    without_kin = session.words | {kin: {"x"}}
+    bundles, left_out = _bundles(edit, {*seconds}, set(), dataclasses.replace(session, words=without_kin))
+    assert [list(bundle) for bundle in bundles] == [[own], [quick, slow, kin]] and left_out == 1
 
 
 def test_what_fails_without_any_edit_is_left_out_and_the_rest_still_judges():
