@@ -156,7 +156,7 @@ class LogFile:
 
     def append(self, record: dict[str, float]) -> str | None:
         """Write a line. What went wrong, the first time that something does; training goes on."""
-        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False).encode() + b"\n"
+        line = json.dumps({key: _finite(value) for key, value in record.items()}).encode() + b"\n"
         end = self.file.seek(0, os.SEEK_END)  # not tell(): what was taken back does not move it
         try:
             written = self.file.write(line)

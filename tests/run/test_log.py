@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import sys
 import types
@@ -31,6 +32,7 @@ def steps_said(seconds_per_step, max_iters, monkeypatch, capsys, skipped=()) -> 
 
 def test_a_fast_run_gets_about_twenty_lines(monkeypatch, capsys):
     assert steps_said(0.001, 200, monkeypatch, capsys) == [1, *range(10, 201, 10)]
+    assert steps_said(0.001, 5, monkeypatch, capsys) == [1, 2, 3, 4, 5]
 
 
 def test_a_slow_run_is_not_silent_for_long(monkeypatch, capsys):
@@ -123,6 +125,16 @@ def test_a_kill_while_the_log_is_shortened_leaves_it_as_it_was(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         run_log.RunLog(config, abstract_mesh(), 3)
     assert path.read_bytes() == before
+
+
+def test_what_replaces_a_log_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    config, path = log_of(tmp_path)
+    write_steps(config, range(6))
+    did, fsync, replace_file = [], os.fsync, os.replace
+    monkeypatch.setattr(run_log.os, "fsync", lambda file: did.append(os.fstat(file).st_size) or fsync(file))
+    monkeypatch.setattr(run_log.os, "replace", lambda *names: did.append("replaced") or replace_file(*names))
+    run_log.RunLog(config, abstract_mesh(), 3).close()
+    assert did == [path.stat().st_size, "replaced"] and did[0] > 0
 
 
 def test_a_line_is_in_the_file_as_soon_as_its_step_is_done(tmp_path):

@@ -44,6 +44,19 @@ def test_a_line_to_the_letter(capsys, known_machine):
     assert skipped == f"step  999/1000: {brief}, skipped: wte.weight\n"
 
 
+def test_a_line_is_out_before_the_next_step(monkeypatch):
+    """Through a pipe, too, whose buffer holds minutes of lines."""
+    seen = []
+
+    class Pipe(io.StringIO):
+        def flush(self):
+            seen.append(self.getvalue())
+
+    monkeypatch.setattr(run_log.sys, "stdout", Pipe())
+    RunLog(parse_args([]), abstract_mesh()).say("a word")
+    assert seen == ["a word\n"]
+
+
 def test_without_a_known_peak_there_is_no_mfu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_log, "peak_flops", lambda *_: None)
     assert lines(capsys, {"step": 0}) == "step    1/1000: loss 2.3457, 1,234,567 tokens/s\n"
