@@ -106,11 +106,11 @@ def make_mesh(dp: int = 1, ep: int = 1, pp: int = 1, tp: int = 1, device: str | 
         raise ValueError(f"{product} = {math.prod(sizes)} ranks, but the world has {world_size} processes")
     device = torch.device(device)
     if world_size == 1:
-        return abstract_mesh(dp, ep, pp, tp, rank=0, device=device)
+        return abstract_mesh(dp, ep, pp, tp, device=device)
 
     rank = dist.get_rank()
     device_mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXIS_NAMES)
-    blank = abstract_mesh(dp, ep, pp, tp, rank=rank, device=device)
+    blank = abstract_mesh(dp, ep, pp, tp, rank)
 
     def joined(axis: Axis) -> Axis:
         if axis.size == 1:
@@ -157,5 +157,4 @@ def abstract_mesh(dp=1, ep=1, pp=1, tp=1, rank: int = 0, device: str | torch.dev
         pp_back=line("pp_back", ("pp",)),
         world=line("world", AXIS_NAMES),
         device=torch.device(device),
-        device_mesh=None,
     )

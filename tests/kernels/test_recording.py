@@ -67,6 +67,16 @@ def test_a_look_has_the_root_mean_square_of_finite_numbers():
         assert Look.of(numbers).size == pytest.approx(size, rel=1e-6)
 
 
+def test_a_look_is_of_what_launches_and_not_of_the_numbers():
+    """Which elements an index names is no look, either; and without gradients, none is wanted of a parameter."""
+    one, other = (Look.of(torch.tensor(numbers)) for numbers in ([1, 2], [3, 4]))
+    assert one == other and hash(one) == hash(other) and one.values != other.values
+    leaf = torch.ones(2, requires_grad=True)
+    assert Look.of(leaf) == Look.of(leaf * 2)
+    with torch.no_grad():
+        assert not Look.of(leaf).requires_grad
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -3,15 +3,18 @@
 import dataclasses
 import logging
 import warnings
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import Replicate, Shard
 
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.checkpoint import Copies, SaveError
-from heiretsu.parallel.mesh import abstract_mesh
+from heiretsu.parallel.mesh import WITHIN_STAGE, abstract_mesh
 from heiretsu.parallel.placement import Piece, Placement, Spec
 from tests.parallel.test_checkpoint_seal import RUN
 
@@ -94,6 +97,30 @@ def test_a_save_in_the_background_of_one_process_warns_of_nothing(tmp_path):
     checkpoint.start(tmp_path, 4, {"model/x": piece([5.0, 6.0])}, facts, 2, None, copies).result()
     assert copies.pieces["model/x"] is first and first.tolist() == [5.0, 6.0]
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+@pytest.mark.parametrize("group", [None, "of all ranks"])
+def test_a_save_in_the_background_talks_over_a_group_of_its_own_or_with_nobody(tmp_path, monkeypatch, group):
+    asked, copies = [], Copies()
+    monkeypatch.setattr(checkpoint.dcp, "async_save", lambda pieces, **how: asked.append((pieces, how)) or Future())
+    mine = piece([1.0])
+    saving = checkpoint.start(tmp_path, 3, {"model/x": mine}, FACTS, 1, group, copies)
+    checkpoint.start(tmp_path, 3, {"model/x": mine}, FACTS, 1, group, copies, by_first=True)
+    first, second = (how.pop("planner").dedup_save_to_lowest_rank for _, how in asked)
+    assert (first, second) == (False, True)
+    how = {"process_group": group, "async_stager": copies, "no_dist": group is None, "storage_writer": saving.writer}
+    assert asked[0] == ({"model/x": mine.tensor}, how)
+
+
+def test_a_piece_is_wrapped_as_its_whole_tensor_without_asking_another_rank(monkeypatch):
+    made = []
+    monkeypatch.setattr(checkpoint.DTensor, "from_local", lambda *given, **how: made.append((given, how)))
+    mesh = SimpleNamespace(device_mesh={WITHIN_STAGE: "the stage's"})
+    place, part = Placement("x", Spec((6, 4), ((1, "tp"),), partial_over=()), mesh), torch.zeros(6, 2)
+    with torch.device("cuda"):  # no memory is taken for the whole
+        checkpoint._wrap(part, place)
+    how = {"run_check": False, "shape": (6, 4), "stride": (4, 1)}
+    assert made == [((part, "the stage's", [Replicate(), Replicate(), Shard(1)]), how)]
 
 
 def test_an_older_one_that_cannot_be_deleted_is_told_of_and_the_save_stands(tmp_path, monkeypatch):

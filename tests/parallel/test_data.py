@@ -1,5 +1,7 @@
 """Gradient buckets: sent once a step, in one order, while backward is still running."""
 
+import contextlib
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -119,3 +121,25 @@ def test_gradients_are_zeroed_scaled_and_left_alone_outside_of_a_step():
     assert params["a"].grad.tolist() == [3, 3] and params["b"].grad.tolist() == [1, 1]
     params["a"].sum().backward()  # after the last
     assert averager._next == len(averager.buckets) and params["a"].grad.tolist() == [4, 4]
+
+
+def test_a_rank_says_that_it_waits_for_each_sum_and_keeps_nothing_of_it(monkeypatch):
+    """Its record of what it does names who waits for whom, when a run stands still."""
+    params = {name: torch.nn.Parameter(torch.ones(2)) for name in "ab"}
+    mesh, did = abstract_mesh(dp=2, pp=2), []
+    specs = {"a": Spec((2,), partial_over=("dp",)), "b": Spec((2,), partial_over=("dp",), shared_over="ends")}
+
+    @contextlib.contextmanager
+    def region(name, waits=False):
+        did.append((name, waits))
+        yield
+
+    work = SimpleNamespace(wait=lambda: did.append("waited"))
+    monkeypatch.setattr(data_parallel, "region", region)
+    monkeypatch.setattr(data_parallel.dist, "all_reduce", lambda *_, **__: work)
+    averager = data_parallel.GradientAverager(params, {n: Placement(n, spec, mesh) for n, spec in specs.items()})
+    averager.prepare(1)
+    (params["a"] + params["b"]).sum().backward()
+    averager.finish()
+    assert did == [("all-reduce dp", True), "waited"] * 2 + [("all-reduce ends", True)]
+    assert [bucket.work for bucket in averager.buckets] == [None, None]

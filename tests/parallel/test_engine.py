@@ -102,11 +102,14 @@ def test_a_step_tells_the_seconds_of_its_own_part_and_its_note(engine, monkeypat
     assert report.metrics["expert_load"].shape == (2, 4) and isinstance(report.metrics["loss"], float)
 
 
-def test_stages_train_in_a_step_and_do_not_in_evaluation(engine):
+def test_stages_train_in_a_step_and_do_not_in_evaluation(engine, monkeypatch):
     config = run_config(MIXTURE, microbatches=2)
     batches = read_batches(config, abstract_mesh(), dataset(67, 8), 0)
-    engine.evaluate(batches)
-    assert not any(stage.training for stage in engine.stages)
+    where, run = [], engine_module.run_schedule
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "run_schedule", lambda *what: where.append(ACTIVITY.where()) or run(*what))
+        engine.evaluate(batches)
+    assert where == ["evaluation"] and not any(stage.training for stage in engine.stages)
     engine.accumulate(batches)
     assert all(stage.training for stage in engine.stages)
     with pytest.raises(AssertionError):

@@ -60,6 +60,9 @@ def test_a_rank_in_words_and_an_axis_of_one():
     assert all(abstract_mesh(pp=4, rank=rank).ends.name == "ends" for rank in range(4))
     alone = make_mesh()
     assert alone.world == Axis("world") and alone.device == torch.device("cpu") and alone.device_mesh is None
+    assert make_mesh(device="meta").device == torch.device("meta")
+    with torch.device("meta"):  # whatever the default is, ranks are counted here
+        assert abstract_mesh(dp=2, rank=1).dp.ranks == (0, 1)
 
 
 def test_process_groups_end_with_their_block_but_not_with_an_error(monkeypatch):

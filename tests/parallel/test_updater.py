@@ -6,6 +6,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -157,7 +158,9 @@ def test_one_step_of_sgd_by_hand(grad_clip, scale, factor):
     weight.grad += scale * torch.tensor([3.0, 4.0], dtype=torch.float64)
     squares, bad = updater.squares()
     assert (squares.tolist(), bad.tolist()) == ([(5 * scale) ** 2], [0.0])
-    assert updater.apply(squares.item(), 0.0) == (5.0, False)
+    with patch.object(updater.averager, "scale", wraps=updater.averager.scale) as scaled:
+        assert updater.apply(squares.item(), 0.0) == (5.0, False)
+    assert scaled.call_count == (factor != 1.0)  # all gradients are read and written for it
     assert weight.tolist() == pytest.approx([-3 * factor * scale, -4 * factor * scale], rel=1e-15)
     assert updater.steps == 1
     before = weight.tolist()
@@ -165,6 +168,31 @@ def test_one_step_of_sgd_by_hand(grad_clip, scale, factor):
         norm, skipped = updater.apply(*skipping)
         assert skipped and not math.isfinite(norm) and updater.steps == 1 and weight.tolist() == before
     assert math.isnan(updater.apply(25.0, 2.0)[0]) and updater.apply(math.inf, 0.0)[0] == math.inf
+
+
+class CountsInPython(torch.optim.SGD):
+    """Keeps its step counts as Python's numbers."""
+
+    def step(self):
+        for param in self.param_groups[0]["params"]:
+            self.state[param]["step"] = self.state[param].get("step", 0) + 1
+
+
+def test_a_count_in_python_is_restored_too_and_none_is_given_to_who_keeps_none():
+    params = {"w": torch.nn.Parameter(torch.zeros(2))}
+    table = {"w": Placement("w", Spec((2,), partial_over=("dp",)), abstract_mesh())}
+    facts = {"optimizer_steps": 7, "scaler": {"growth": 0, "scale": 1.0, "good_steps": 0}}
+    for optimizer, state_of_w in ((CountsInPython, {"step": 7}), (torch.optim.SGD, {})):
+        updater = Updater(params, table, lambda groups, optimizer=optimizer: optimizer(groups, 1.0))
+        updater.restore(facts)
+        assert updater.steps == 7 and {**updater.optimizer.state[params["w"]]} == state_of_w
+
+
+def test_an_updater_that_is_told_nothing_clips_nothing_and_works_where_its_parameters_are():
+    params = {"w": torch.nn.Parameter(torch.zeros(2, device="meta"))}
+    table = {"w": Placement("w", Spec((2,), partial_over=("dp",)), abstract_mesh(device="meta"))}
+    updater = Updater(params, table, torch.optim.SGD)
+    assert updater.grad_clip == 0 and updater.scaler == LossScaler(1.0, 0, 0) and updater._owned.is_meta
 
 
 @pytest.mark.parametrize("size", [1, 2, 1023, 1024, 1025, 2048, 2050, 3 * 1024**2 + 5])

@@ -102,6 +102,23 @@ def test_two_ranks_need_no_third(monkeypatch):
     assert assembly.refused == "" and assembly.hosts == ["here", "host1"]
 
 
+def test_what_rank_0_says_is_sent_to_all_before_it_waits_for_any(monkeypatch):
+    """A line that is full does not keep the others from their answer, and gets five seconds to take its own."""
+    did = []
+
+    def line(name):
+        return SimpleNamespace(send=lambda said: did.append(name), flush=lambda seconds: did.append((name, seconds)))
+
+    def arrive(door, deadline):
+        token = json.loads(store.get(KEY))["token"]
+        return [(line(rank), hello(rank, token=token)) for rank in (1, 2)]
+
+    store = dist.HashStore()
+    monkeypatch.setattr(roll_call, "arrivals", arrive)
+    assert roll_call_over(store, 0, 3, 60.0, Report({})).refused == ""
+    assert did == [1, 2, (1, 5.0), (2, 5.0)]
+
+
 def rank_1(answers, timeout=60.0, mine=None, token="t"):
     """What rank 1 makes of rank 0's answers, one a call, and what it says to it."""
     store, said = dist.HashStore(), []

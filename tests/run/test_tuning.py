@@ -141,6 +141,21 @@ def test_one_call_of_each_kind_is_kept_and_counted():
     assert len(distinct([dropout(5, 1), dropout(6, 1)])[0]) == 2
 
 
+def test_the_dearest_call_is_measured_first():
+    """By its elements times how often it is made: 4 x 20, 1 x 60, 2 x 20."""
+    bias = torch.ones(10)
+
+    def accumulate(_):
+        fused.bias_gelu(torch.ones(5, 10), bias)
+        for _ in range(2):
+            fused.dropout(torch.ones(1, 2, 10), 0.5, 1)
+        for _ in range(4):
+            fused.bias_gelu(bias, bias)
+
+    calls = record_calls(types.SimpleNamespace(mesh=abstract_mesh(), accumulate=accumulate), [])
+    assert [(call.op, call.elements) for call in calls] == [("bias_gelu", 20), ("bias_gelu", 60), ("dropout", 20)]
+
+
 def test_each_call_gives_every_output_and_gradient_the_same_each_time():
     calls = calls_recorded(abstract_mesh(), [*SMALL, *EXPERTS, "--dropout", "0.1"])
     names = set()
