@@ -254,6 +254,17 @@ def test_of_an_earlier_version_a_file_that_is_too_short_is_named(tmp_path):
     assert problem(read_run, path) == f"{path}: {SEAL} is not as it was written: the checkpoint is damaged"
 
 
+def test_a_file_that_the_disk_does_not_give_back_is_named(tmp_path, monkeypatch):
+    path = sealed(tmp_path / "best", data=b"x")
+
+    def fingerprint(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint_seal, "fingerprint", fingerprint)
+    said = problem(checkpoint_seal._check_digest, path, "data", {})
+    assert said == f"{path}: data cannot be read (OSError: [Errno 5] Input/output error)"
+
+
 def test_what_is_no_json_object_is_quoted_in_brief(tmp_path):
     file = tmp_path / "x.json"
     file.write_text(json.dumps(list(range(100))))
