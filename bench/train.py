@@ -177,7 +177,7 @@ def rows(variants: list[Variant], peaks: dict[str, tuple[float, str]]) -> list[l
     return table
 
 
-def describe(config: RunConfig, mesh: Mesh) -> str:
+def describe(config: RunConfig) -> str:
     model = config.model
     experts = f", {model.num_experts} experts top {model.top_k}" if model.num_experts else ""
     sizes = f"{model.n_layer} layers, {model.n_head} heads, {model.n_embed} wide, block {model.block_size}"
@@ -236,7 +236,7 @@ def compare(base: RunConfig, variants: list[Variant], device: torch.device, args
     }
     if mesh.rank == 0:
         print(environment.as_text(facts))
-        print(describe(base, mesh))
+        print(describe(base))
         for amp, (peak, source) in peaks.items():
             print(f"peak    {engineering(peak)}FLOP/s for {base.dtype if amp == 'none' else amp}: {source}")
         print(f"fused   {fused.describe(device)}", flush=True)

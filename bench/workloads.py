@@ -45,8 +45,8 @@ class Workload:
         return f"{self.series} {self.size_name}={self.size}"
 
 
-def _normal(generator, dtype, *shape, scale=1.0, grad=True):
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_(grad)
+def _normal(generator, dtype, *shape, scale=1.0):
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_()
 
 
 def attention(series, B, H, T, D, dropout_p=0.0, Hkv=None) -> Workload:

@@ -24,11 +24,9 @@ class Machine:
     shared_per_cta: int  # bytes; a launch that asks for more fails
     tensor_flops: int  # dense bf16 FLOP a clock
     dram_bytes: float  # bytes a clock
-    inflight_bytes: int  # loads in flight that hide the DRAM latency (Little's law)
     fast_mma: str  # prefix of the SASS (AMD: ISA) name of the fast tensor instruction
     fp32_lanes: int = 128
     mma_sync_share: float = 1.0  # rate of mma.sync / rate of the fast tensor instruction
-    l2_bytes: int = 64  # bytes a clock, optimistic
 
     @property
     def is_amd(self) -> bool:
@@ -44,19 +42,19 @@ MACHINES = {
     for machine in (
         Machine(
             "sm_80", "A100", "ampere", GPUTarget("cuda", 80, 32), 164 * KIB, 163 * KIB, 2048,
-            _dram_bytes("A100", 108, 1.41e9), 11 * KIB, "HMMA", fp32_lanes=64,
+            _dram_bytes("A100", 108, 1.41e9), "HMMA", fp32_lanes=64,
         ),
         Machine(
             "sm_90", "H100", "hopper", GPUTarget("cuda", 90, 32), 228 * KIB, 227 * KIB, 4096,
-            _dram_bytes("H100", 132, 1.755e9), 18 * KIB, "HGMMA", mma_sync_share=0.63,
+            _dram_bytes("H100", 132, 1.755e9), "HGMMA", mma_sync_share=0.63,
         ),
         Machine(
             "sm_100", "B200", "blackwell", GPUTarget("cuda", 100, 32), 228 * KIB, 227 * KIB, 8192,
-            _dram_bytes("B200", 148, 1.85e9), 43 * KIB, "UTC", mma_sync_share=0.25,
+            _dram_bytes("B200", 148, 1.85e9), "UTC", mma_sync_share=0.25,
         ),
         Machine(
             "gfx942", "MI300X", "cdna3", GPUTarget("hip", "gfx942", 64), 64 * KIB, 64 * KIB, 2048,
-            _dram_bytes("MI300X", 304, 2.1e9), 13 * KIB, "MFMA",
+            _dram_bytes("MI300X", 304, 2.1e9), "MFMA",
         ),
     )
 }  # fmt: skip

@@ -100,7 +100,7 @@ class Runner:
             self._read()
             for worker in self.workers:
                 if not worker.done:
-                    self._look_after(worker, deadline, part, writer)
+                    self._look_after(worker, deadline, writer)
         self._read()
         self._keep_logs(part)
 
@@ -138,7 +138,7 @@ class Runner:
                 detail = line["detail"].splitlines()
                 self.say(f"  FAIL {line['part']} {line['name']}: {line.get('kind', 'wrong')}: {' '.join(detail)[:300]}")
 
-    def _look_after(self, worker: Worker, deadline: float, part: str, writer: Record) -> None:
+    def _look_after(self, worker: Worker, deadline: float, writer: Record) -> None:
         status, now = worker.process.poll(), time.time()
         if status is None:
             over = now > deadline + self.grace_s
@@ -147,7 +147,7 @@ class Runner:
             _end(worker)
             self._read()  # what it wrote at the last moment
             what = "the part is over its time, and it was still under way" if over else "it hung, and was ended"
-            self._blame(worker, part, writer, "over time", what)
+            self._blame(worker, writer, "over time", what)
             worker.done = over
         elif status == 0:
             worker.done = True
@@ -155,14 +155,14 @@ class Runner:
             self._read()
             how = signal.Signals(-status).name if status < 0 else f"status {status}"
             if worker.item or not worker.begun:
-                self._blame(worker, part, writer, "died", f"its process ended with {how}: {_last_line(worker.log)}")
+                self._blame(worker, writer, "died", f"its process ended with {how}: {_last_line(worker.log)}")
         if not worker.done:
             worker.done = not worker.begun or worker.restarts >= RESTARTS or now > deadline
             if not worker.done:
                 worker.restarts += 1
                 self._start(worker, deadline)
 
-    def _blame(self, worker: Worker, part: str, writer: Record, kind: str, detail: str) -> None:
+    def _blame(self, worker: Worker, writer: Record, kind: str, detail: str) -> None:
         name = worker.item or f"{worker.group.name} {worker.number}, before its first item"
         writer.write("failure", name, kind=kind, detail=detail)
         self._read()

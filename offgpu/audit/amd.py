@@ -55,10 +55,8 @@ def figures(compiled, machine: Machine, warps: int, stages: int) -> Figures:
         stores=whole.stores,
         wide_loads=model.wide_share(whole.loads),
         wide_stores=model.wide_share(whole.stores),
-        async_copy=_async_copy(instructions),
         hot=model.hot_region(loops, whole),
         loops=loops,
-        spill_instructions=sum(opcode.startswith("scratch_") for opcode, _ in instructions),
     )
 
 
@@ -74,11 +72,6 @@ def _innermost(instructions, labels) -> list[tuple[int, int]]:
         for start, end in spans
         if not any((s, e) != (start, end) and start <= s and e <= end for s, e in spans)
     ]
-
-
-def _async_copy(instructions) -> str:
-    operands = " ".join(operands for opcode, operands in instructions if opcode.startswith(("buffer", "global")))
-    return "direct to LDS" if "lds" in operands else "none"
 
 
 def _charge(where: str, body, machine: Machine, warps: int) -> Region:

@@ -34,10 +34,10 @@ def analyze(machine: Machine, fn, signature, constexprs, num_warps, num_stages, 
     return (amd if machine.is_amd else nvidia).figures(compiled, machine, num_warps, num_stages)
 
 
-def check_reading(machine: Machine, tiles=TILES) -> list[str]:
+def check_reading(machine: Machine) -> list[str]:
     """One line for each GEMM of which the audit reads other FLOPs or bytes than the closed form says; [] is right."""
     wrong = []
-    for block_m, block_n, block_k, warps in tiles:
+    for block_m, block_n, block_k, warps in TILES:
         if machine.is_amd and block_n > 128:
             continue  # its three stages do not fit in 64 KiB of LDS
         blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}

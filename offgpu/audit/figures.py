@@ -27,11 +27,8 @@ class Figures:
     stores: Counter
     wide_loads: float  # share of the bytes in accesses of 128 bits and more
     wide_stores: float
-    async_copy: str
     hot: Region
     loops: list[Region]
-    spill_instructions: int = 0
-    tensor_memory_columns: int = 0
     warp_specialised: bool = False
     partition_warps: list[int] = field(default_factory=list)
 

@@ -27,7 +27,6 @@ def bound(region: Region, machine: Machine, warps: int, ctas: int) -> Region:
             region.tensor_bound_serial = round(min(region.tensor_bound, overlapped), 3)
     elif region.bytes:
         region.memory_headroom = round(region.bytes / machine.dram_bytes / busiest, 2)
-        region.inflight_kib = round(region.load_bytes * ctas / KIB, 1)
     return region
 
 

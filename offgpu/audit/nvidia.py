@@ -34,7 +34,6 @@ def figures(compiled, machine: Machine, warps: int, stages: int) -> Figures:
     specialised = model.is_warp_specialised(ttgir, total_warps, warps)
     if specialised and len(loops) > 1 and loops[0].flops:
         hot = model.merge_partitions(loops, machine, warps, max(1, ctas))
-    count = Counter(ins.base for ins in instructions)
     loads, stores = _accesses(instructions)
     return Figures(
         arch=machine.arch,
@@ -54,11 +53,8 @@ def figures(compiled, machine: Machine, warps: int, stages: int) -> Figures:
         stores=stores,
         wide_loads=model.wide_share(loads),
         wide_stores=model.wide_share(stores),
-        async_copy="tma" if count["UTMALDG"] else "cp.async" if count["LDGSTS"] else "none",
         hot=hot,
         loops=loops,
-        spill_instructions=count["LDL"] + count["STL"],
-        tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         warp_specialised=specialised,
         partition_warps=model.partition_warps(ttgir) if specialised else [],
     )

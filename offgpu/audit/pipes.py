@@ -43,7 +43,6 @@ class Region:
     tensor_bound: float | None = None
     tensor_bound_serial: float | None = None
     memory_headroom: float | None = None
-    inflight_kib: float | None = None
 
     @property
     def bytes(self) -> float:

@@ -155,8 +155,8 @@ class _Body:
                 self._statement(" ".join(text[position:end].split()))
                 position = end + 1
 
-    def _new_block(self, even_if_empty=False):
-        if self.block or even_if_empty:
+    def _new_block(self):
+        if self.block:
             self.block = []
             self.kernel.blocks.append(self.block)
 
