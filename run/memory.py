@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from heiretsu.parallel.schedules import SCHEDULES
 from heiretsu.run.config import RunConfig
 
 LARGEST_GPU_BYTES = 288 * 2**30  # of one GPU that can be bought (B300, MI355X); which one it is, nobody knows yet
@@ -59,7 +60,8 @@ def bytes_of_a_rank(config: RunConfig) -> Bytes:
     kept = 5 * C + (4 * C + 2 * served * model.ffn_size) // tp  # elements of a token in a layer
     if not config.fused:
         kept += 2 * model.n_head * model.block_size // tp  # scores and probabilities
-    in_flight = config.grad_accum_steps if config.schedule == "gpipe" else min(config.pp, config.grad_accum_steps)
+    keeps_all = SCHEDULES[config.schedule].keeps_all
+    in_flight = config.grad_accum_steps if keeps_all else min(config.pp, config.grad_accum_steps)
     logits = 0 if config.fused else 2 * tokens * model.padded_vocab_size // tp * 4
     activations = tokens * kept * narrow * layers * in_flight + logits
 

@@ -32,6 +32,11 @@ class PipelineSchedule:
         """Whether the gradients of input and weights are two actions: the executor does not run these yet."""
         return any(action.kind is Kind.BACKWARD_INPUT for actions in self(2, 2) for action in actions)
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether a rank runs all its forwards first, and so holds the activations of every microbatch."""
+        return all(action.kind is Kind.FORWARD for actions in self(2, 9) for action in actions[:9])
+
 
 def schedule(name: str, several_stages: bool = False) -> Callable[[Callable[..., Schedule]], PipelineSchedule]:
     """Give `name` to a function (num_ranks, num_microbatches), or (..., stages_per_rank) where it deals out several."""

@@ -32,6 +32,12 @@ def test_every_schedule_is_valid_for_every_size(name, p, m, stages):
     validate(lower(SCHEDULES[name](p, m, stages if SCHEDULES[name].several_stages else 1)))
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_keeps_all_if_every_rank_holds_every_microbatch(name):
+    held = timeline(SCHEDULES[name](4, 24)).peak_activations
+    assert SCHEDULES[name].keeps_all == (min(held) == 24)
+
+
 @given(p=RANKS, m=MICROBATCHES, stages=st.integers(1, 4))
 def test_evaluation_runs_every_forward(p, m, stages):
     whole = lower(SCHEDULES["interleaved"](p, m, stages))  # which is validated above
