@@ -408,7 +408,8 @@ def flags_in_words() -> str:
 
 def test_the_flags_are_those_of_the_list():
     """A change of a flag is a change of flags.txt: what a user's scripts rely on is not changed by the way."""
-    assert flags_in_words() == Path(__file__).with_name("flags.txt").read_text()
+    listed = Path(__file__).with_name("flags.txt")
+    assert flags_in_words() == listed.read_text(), f"a change that is meant goes into {listed}, too"
 
 
 def test_every_flag_is_in_one_of_these_tables():
