@@ -36,7 +36,7 @@ train: $(VENV)/.installed ## train a small GPT on the embedded corpus (ARGS="--m
 	$(BIN)/python train.py --fused --batch_size 8 --max_iters 2500 --learning_rate 3e-3 --warmup_iters 100 --min_lr 1e-4 \
 	    --eval_interval 500 --log_file runs/make-train.jsonl $(ARGS)
 
-test: $(VENV)/.installed-dev ## run every test, the Triton kernels in the interpreter included
+test: $(VENV)/.installed-dev ## run every test that is quick, the Triton kernels in the interpreter included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not full" $(ARGS)
 
 mutate: $(VENV)/.installed-dev ## edit the product at random and see whether a test notices (ARGS="--seed 1 --count 200")
