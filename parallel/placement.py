@@ -21,7 +21,7 @@ from heiretsu.parallel.mesh import WITHIN_STAGE, Axis, Mesh
 class Spec:
     """What a layer knows of one of its parameters.
 
-    shape: global. shards: {dim: axis name}, torch.chunk's split of that dim over the axis. partial_over: the axes over
+    shape: global. shards: pairs of a dim and the axis over which torch.chunk splits it. partial_over: the axes over
     which its gradient is a partial sum, as each rank has seen other tokens. shared_over: the axis of the pipeline
     stages that hold a copy each, where several do; their gradients add up. std: of the normal initial values; a number
     in `fill` is used instead where std is None. decay: weight decay applies. rows: rows of dim 0 that mean something;

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from heiretsu.model.config import ModelConfig
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.checkpoint_seal import read_run, verify
 from heiretsu.parallel.engine import Engine
@@ -59,9 +61,10 @@ def _matching_run(path: str | os.PathLike, engine: Engine, config: dict, verifie
     if not verified:
         verify(path, engine.mesh)
     run = read_run(path)
-    theirs, ours = run["config"]["model"], config["model"]
-    differing = [key for key in ours if theirs.get(key) != ours[key] and key not in MAY_CHANGE]
-    other = [f"{key} {theirs.get(key)} (this run: {ours[key]})" for key in differing]
+    # An earlier version did not know a field: its models were what the default says.
+    theirs, ours = asdict(ModelConfig()) | run["config"]["model"], config["model"]
+    differing = [key for key in ours if theirs[key] != ours[key] and key not in MAY_CHANGE]
+    other = [f"{key} {theirs[key]} (this run: {ours[key]})" for key in differing]
     if other:
         raise ValueError(f"{path}: the checkpoint is of another model: {', '.join(other)}")
     if run["config"]["dtype"] != config["dtype"]:

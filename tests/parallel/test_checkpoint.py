@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from heiretsu.kernels import plain
+from heiretsu.model.config import ModelConfig
 from heiretsu.parallel import checkpoint
 from heiretsu.parallel.checkpoint_folder import complete
 from heiretsu.parallel.mesh import abstract_mesh
@@ -137,6 +138,17 @@ def test_every_size_that_differs_is_refused_by_name_though_the_shapes_fit(tmp_pa
         for load in (state.load, state.load_parameters):
             with pytest.raises(ValueError, match=complaint):
                 load(path, engine, theirs)
+
+
+def test_a_model_of_before_a_field_was_there_has_its_default(tmp_path, monkeypatch):
+    engine, config, path = saved(tmp_path)
+    run = json.loads((path / "run.json").read_text())
+    assert run["config"]["model"].pop("top_k") == 2 == ModelConfig.top_k
+    monkeypatch.setattr(state, "read_run", lambda path: run)
+    assert state.load(path, engine, json.loads(config.to_json()), verified=True) == run["step"]
+    other = replace(config, model=replace(config.model, top_k=1))
+    with pytest.raises(ValueError, match=r"another model: top_k 2 \(this run: 1\)"):
+        state.load(path, engine, json.loads(other.to_json()), verified=True)
 
 
 class CountsElsewhere(torch.optim.SGD):
