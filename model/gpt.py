@@ -13,15 +13,13 @@ from torch import nn
 from heiretsu.model.config import ModelConfig, split_layers
 from heiretsu.model.copying import HoldsOps
 from heiretsu.model.moe import MoE
-from heiretsu.model.seeding import fold
+from heiretsu.model.seeding import INIT_STD, fold
 from heiretsu.parallel.mesh import REPLICAS, Mesh
 from heiretsu.parallel.metrics import Metric
 from heiretsu.parallel.pipeline import Context, Microbatch, Stage, StageOutput
 from heiretsu.parallel.placement import Spec, declare
 from heiretsu.parallel.profiling import region
 from heiretsu.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-
-INIT_STD = 0.02
 
 
 class LayerNorm(HoldsOps):

@@ -11,6 +11,7 @@ from torch import nn
 
 from heiretsu.model.config import ModelConfig
 from heiretsu.model.copying import HoldsOps
+from heiretsu.model.seeding import INIT_STD
 from heiretsu.parallel.collectives import copy_to, reduce_from
 from heiretsu.parallel.expert import combine, dispatch
 from heiretsu.parallel.mesh import REPLICAS, Axis, Mesh
@@ -25,7 +26,7 @@ class Router(nn.Module):
     def __init__(self, mesh: Mesh, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
         shape = (config.num_experts, config.n_embed)
-        declare(self, mesh, dtype, weight=Spec(shape, partial_over=REPLICAS, std=0.02, decay=True))
+        declare(self, mesh, dtype, weight=Spec(shape, partial_over=REPLICAS, std=INIT_STD, decay=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight)
@@ -48,7 +49,7 @@ class MoE(HoldsOps):
         self.config, self.tp, self.ep = config, mesh.tp, mesh.ep
         self.router = Router(mesh, config, dtype)
         # An expert serves the tokens of all ep ranks, so that its gradient holds them already.
-        w1 = Spec((E, C, F), ((0, "ep"), (2, "tp")), partial_over=("dp",), std=0.02, decay=True)
+        w1 = Spec((E, C, F), ((0, "ep"), (2, "tp")), partial_over=("dp",), std=INIT_STD, decay=True)
         b1 = Spec((E, F), ((0, "ep"), (1, "tp")), partial_over=("dp",))
         w2 = Spec((E, F, C), ((0, "ep"), (1, "tp")), partial_over=("dp",), std=residual_std, decay=True)
         b2 = Spec((E, C), ((0, "ep"),), partial_over=("dp",))

@@ -13,6 +13,8 @@ from torch import nn
 
 from heiretsu.parallel.placement import Placement, Table
 
+INIT_STD = 0.02  # Radford et al. 2019
+
 
 def fold(seed: int, *path: int | str) -> int:
     """A 63-bit seed for whatever `path` names, under the run's seed."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from heiretsu.model.config import ModelConfig
 from heiretsu.model.hf import Stored, check_computed, embedding, read_sizes, same, transposed
+from heiretsu.model.seeding import INIT_STD
 
 PREFIX = "transformer."
 LEFT_OUT = (".attn.bias", ".attn.masked_bias")  # the causal mask, which the files of the first days hold
@@ -49,7 +50,7 @@ def write_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
         **{key: getattr(model, ours) for ours, key in SIZES.items()},
         "n_inner": None,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), model.dropout),
-        "initializer_range": 0.02,
+        "initializer_range": INIT_STD,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "dtype": dtype,

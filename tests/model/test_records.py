@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from heiretsu.kernels import plain, random
-from heiretsu.model import config, gpt
+from heiretsu.model import config, seeding
 from heiretsu.parallel import data as data_parallel
 from heiretsu.parallel.engine import StepReport
 from heiretsu.parallel.pipeline import Microbatch
@@ -58,7 +58,7 @@ def test_ops_have_the_published_defaults():
 
 
 def test_numbers_are_those_of_the_papers_and_of_torch():
-    assert gpt.INIT_STD == 0.02  # Radford et al. 2019
+    assert seeding.INIT_STD == 0.02  # Radford et al. 2019
     assert config.VOCAB_MULTIPLE == 128  # Megatron-LM's --make-vocab-size-divisible-by
     ddp = torch.nn.parallel.DistributedDataParallel
     assert inspect.signature(ddp).parameters["bucket_cap_mb"].default in (None, 25)  # None: 25 MiB

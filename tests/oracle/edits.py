@@ -248,8 +248,8 @@ EDITS = [
     Edit(
         "the router does not decay",
         "model/moe.py",
-        "weight=Spec(shape, partial_over=REPLICAS, std=0.02, decay=True)",
-        "weight=Spec(shape, partial_over=REPLICAS, std=0.02)",
+        "weight=Spec(shape, partial_over=REPLICAS, std=INIT_STD, decay=True)",
+        "weight=Spec(shape, partial_over=REPLICAS, std=INIT_STD)",
         f"{STORED}[mixture]",
     ),
     Edit("a step that overflowed is taken", "parallel/updater.py", "if not skipped:", "if True:", SKIPPED),

@@ -14,7 +14,7 @@ from heiretsu.parallel import tensor
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.parallel.tensor import ColumnParallelLinear, VocabParallelEmbedding
 
-VOCAB, PADDED, WIDTH, TOKENS = 6, 8, 2, 4  # of two shards, the second has two rows of padding
+VOCAB, PADDED, WIDTH = 6, 8, 2  # of two shards, the second has two rows of padding
 
 
 def large_head() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
