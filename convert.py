@@ -1,6 +1,6 @@
 """A model of Hugging Face's as a checkpoint to train from, and back.
 
-    python convert.py import GPT2_DIR OUT      # config.json, *.safetensors -> OUT/step_00000000
+    python convert.py import HF_DIR OUT        # config.json, *.safetensors -> OUT/step_00000000
     python convert.py export CKPT DIR          # a checkpoint, or a run's newest -> the same two
 
 Any topology starts from an imported one, with `train.py --init_from OUT --preset gpt2 --tokenizer gpt2` or the flags of
@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="convert.py", description="Models to and from Hugging Face's files.")
     directions = parser.add_subparsers(dest="direction", required=True)
     add = directions.add_parser("import", help="a Hugging Face folder -> a checkpoint of step 0").add_argument
-    add("source", metavar="GPT2_DIR", help="folder with config.json and model.safetensors")
+    add("source", metavar="HF_DIR", help="folder with config.json and model.safetensors")
     add("out", metavar="OUT", help="folder of checkpoints to make")
     add = directions.add_parser("export", help="a dense checkpoint -> a folder that transformers reads").add_argument
     add("source", metavar="CKPT", help="one step's folder, or a run's, whose newest is taken")

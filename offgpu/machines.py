@@ -18,7 +18,7 @@ class Machine:
 
     arch: str
     name: str
-    kernel_class: str  # architecture class: of heiretsu.kernels.gpu.launch.GPUS
+    kernel_class: str  # architecture class: of heiretsu.kernels.control.GPUS
     target: GPUTarget
     shared_per_sm: int  # bytes
     shared_per_cta: int  # bytes; a launch that asks for more fails
