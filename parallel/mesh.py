@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -145,7 +146,7 @@ def abstract_mesh(dp=1, ep=1, pp=1, tp=1, rank: int = 0, device: str | torch.dev
         picked = grid[tuple(slice(None) if axis in over else at[axis] for axis in AXIS_NAMES)].flatten().tolist()
         return Axis(name, len(picked), picked.index(rank), tuple(picked))
 
-    axes = {name: line(name, (name,)) for name in AXIS_NAMES}
+    axes: dict[str, Any] = {name: line(name, (name,)) for name in AXIS_NAMES}
     column = axes["pp"]
     ends = Axis("ends", ranks=(rank,))
     if column.size > 1 and column.index in (0, column.size - 1):
