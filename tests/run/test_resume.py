@@ -12,6 +12,8 @@ from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.run import resume, state
 from heiretsu.run.batches import read_batches
 from heiretsu.run.building import build_engine
+from heiretsu.run.config import FLAGS as ALL_FLAGS
+from heiretsu.run.config import OPTIMISATION
 from heiretsu.run.options import parse_args
 from heiretsu.run.resume import Origin, changes, check_changes, find_origin, make_room, named_checkpoint, restore
 from tests.training import dataset
@@ -240,3 +242,8 @@ def test_facts_are_the_updaters_the_callers_and_the_configuration(run):
         "run_id": "x",
         "config": {"a": 1},
     }
+
+
+def test_a_flag_of_optimisation_is_compared_on_resume_or_leaves_the_numbers_alone():
+    flags = {name for name, about in ALL_FLAGS.items() if about.group == OPTIMISATION}
+    assert flags - set(resume._DECIDE) == {"max_iters", "max_skips", "check_replicas", "grad_accum_steps"}
