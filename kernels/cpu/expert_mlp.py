@@ -36,7 +36,7 @@ def _sort_by_expert(experts, num_experts):
     order = flat.argsort(stable=True)
     slot = torch.empty_like(order)
     slot[order] = torch.arange(order.numel(), device=order.device)
-    counts = flat.bincount(minlength=num_experts + 1)[:num_experts].tolist()
+    counts = flat.bincount()[:num_experts].tolist()
     ends = accumulate(counts)
     blocks = {e: slice(end - count, end) for e, (count, end) in enumerate(zip(counts, ends, strict=True)) if count}
     return order, slot.view(experts.shape), blocks, sum(counts), max(counts, default=0)
@@ -50,7 +50,7 @@ def _combine(rows, slot, gates=None):
     return (rows[slot].to(wide) * gates.to(wide)[..., None]).sum(1).to(rows.dtype)
 
 
-@torch.library.custom_op("heiretsu::cpu_expert_mlp", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("heiretsu::cpu_expert_mlp", mutates_args=())
 def _expert_mlp(
     x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor | None,
     w2: torch.Tensor, b2: torch.Tensor | None, save: bool,
@@ -102,7 +102,7 @@ def _(x, experts, gates, w1, b1, w2, b2, save):
     return x.new_empty(x.shape), a, slope, x.new_empty(rows, C)
 
 
-@torch.library.custom_op("heiretsu::cpu_expert_mlp_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("heiretsu::cpu_expert_mlp_backward", mutates_args=())
 def _expert_mlp_backward(
     dout: torch.Tensor, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, w1: torch.Tensor,
     b1: torch.Tensor | None, w2: torch.Tensor, b2: torch.Tensor | None, a: torch.Tensor, slope: torch.Tensor,

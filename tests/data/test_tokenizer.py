@@ -56,7 +56,7 @@ def no_network(monkeypatch):
 
 
 def test_bytes_tokenizer_has_the_bytes_and_end_of_text():
-    assert (BYTES.n_vocab, BYTES.eot_token) == (257, 256)
+    assert (BYTES.name, BYTES.n_vocab, BYTES.eot_token) == ("bytes", 257, 256)
     assert BYTES.encode_ordinary("aé\n") == [97, 0xC3, 0xA9, 10]
     assert BYTES.encode("<|endoftext|>", allowed_special="all") == [256]
     assert BYTES.decode_bytes(range(256)) == bytes(range(256))

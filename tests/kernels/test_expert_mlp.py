@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heiretsu.kernels import plain
+from heiretsu.kernels.cpu import expert_mlp as cpu_expert_mlp
 from heiretsu.kernels.recording import recording
 from tests.kernels import forms
 
@@ -215,6 +216,50 @@ def test_the_cpu_form_s_buffers_fit_and_float32_biases_are_not_summed_in_bfloat1
         torch.set_warn_always(False)
     for gradient in (db1, db2):
         assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.bfloat16().float())
+
+
+@pytest.mark.parametrize("wanted", [[i] for i in (0, 2, 3, 4, 5, 6)] + [[0, 3], [2, 6], [3, 4], [0, 5]])
+def test_the_cpu_form_gives_any_gradients_alone(wanted):
+    """Of weights in one dtype or two; of an expert without rows, which is the last, zeros."""
+    experts = torch.randint(0, 3, (7, 2), generator=torch.Generator().manual_seed(1))
+    for dtypes in ((torch.float64, torch.float64), (torch.float32, torch.float64), (torch.float64, torch.float32)):
+        values = [t.detach() for t in arguments(E=4, dtype=torch.float64, experts=experts)]
+        values[3], values[5] = values[3].to(dtypes[0]), values[5].to(dtypes[1])
+        for i in wanted:
+            values[i] = values[i].requires_grad_()
+        leaves = [values[i] for i in wanted]
+        got, want = (
+            torch.autograd.grad(form(*values).square().sum(), leaves)
+            for form in (forms.cpu_form("expert_mlp"), plain.expert_mlp)
+        )
+        torch.testing.assert_close(got, want)
+
+
+def test_the_cpu_form_keeps_activations_only_for_a_backward(monkeypatch):
+    saved, operator = [], cpu_expert_mlp._expert_mlp
+
+    def recorded(*what):
+        saved.append((what[-1], [len(t) for t in operator(*what)]))
+        return operator(*what)
+
+    monkeypatch.setattr(cpu_expert_mlp, "_expert_mlp", recorded)
+    values = arguments()
+    cpu_expert_mlp.expert_mlp(*values)
+    with torch.no_grad():
+        cpu_expert_mlp.expert_mlp(*values)
+    cpu_expert_mlp.expert_mlp(*(t.detach() for t in values))
+    assert saved == [(True, [7, 14, 14, 14]), (False, [7, 0, 0, 14]), (False, [7, 0, 0, 14])]
+
+
+def test_the_cpu_forms_gradient_of_a_gate_is_added_up_in_float32():
+    """(1 + 2^-7) (1 + 2^-6) - (1 + 2^-6 + 2^-7) is 2^-13, which a product of 8 bits loses."""
+    values = [t.detach().bfloat16() if t.is_floating_point() else t for t in arguments(1, 2, 2, 1, 1)]
+    gates = values[2].requires_grad_()
+    values[5].zero_()
+    values[6][0] = torch.tensor([1 + 2**-7, 1.0])
+    dout = torch.tensor([[1 + 2**-6, -(1 + 2**-6 + 2**-7)]], dtype=torch.bfloat16)
+    (dgates,) = torch.autograd.grad(forms.cpu_form("expert_mlp")(*values), gates, dout)
+    assert dgates.item() == 2**-13
 
 
 def test_no_experts_or_no_tokens_give_zeros_on_a_cpu():

@@ -105,6 +105,36 @@ def test_the_cpu_form_computes_dweight_in_advance_unless_a_target_is_of_another_
     assert in_advance(1) == (False, 69)  # word 0 is one of a token
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_logits_of_the_mean_loss_are_computed_once_and_widened_a_block_at_a_time(dtype, small_chunks, monkeypatch):
+    """Whichever tokens have a target; any other loss computes them again, in blocks of half a chunk."""
+    cut, slices = [], cpu_cross_entropy.slices
+    monkeypatch.setattr(cpu_cross_entropy, "slices", lambda *sizes: cut.append(sizes) or slices(*sizes))
+    x, weight, targets = inputs("cpu", dtype=dtype, weights=torch.float32, ignored=7)
+    accumulated = [(70, 32)] * (dtype == torch.bfloat16)
+    loss = mean_loss(cpu_cross_entropy.linear_cross_entropy, x, weight, targets)
+    loss.backward()
+    assert cut == [(40, 16), *[(16, 3), *accumulated] * 2, (8, 3), *accumulated]
+    cut.clear()
+    lse, target_logit = cpu_cross_entropy.linear_cross_entropy(x, weight, targets)
+    (lse * torch.arange(40)).sum().backward()
+    assert cut.pop() == (70, 16 * 70 // 2 // 40)
+
+
+def test_the_cpu_form_computes_gradients_in_advance_only_where_they_are_wanted(monkeypatch):
+    asked, forward = [], cpu_cross_entropy._forward
+    monkeypatch.setattr(cpu_cross_entropy, "_forward", lambda *what: asked.append(what[4:]) or forward(*what))
+    x, weight, targets = inputs("cpu")
+    want = torch.autograd.grad(mean_loss(plain.linear_cross_entropy, x, weight, targets), (x, weight))
+    for tensors, wanted in (((x, weight), want), ((x, weight.detach()), want[:1]), ((x.detach(), weight), want[1:])):
+        leaves = [t for t in tensors if t.requires_grad]
+        got = torch.autograd.grad(mean_loss(cpu_cross_entropy.linear_cross_entropy, *tensors, targets), leaves)
+        torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        cpu_cross_entropy.linear_cross_entropy(x, weight, targets)
+    assert asked == [(True, True), (True, False), (False, True), (False, False)]
+
+
 @pytest.mark.parametrize("op", [plain.linear_cross_entropy, cpu_cross_entropy.linear_cross_entropy])
 def test_an_empty_shard_has_an_lse_of_minus_infinity_and_gradients_of_0(op):
     for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):

@@ -80,6 +80,23 @@ def test_no_part_of_the_cpu_attention_s_mask_is_left_unwritten(monkeypatch):
     assert keep[:, :, 7:23, :16].any()
 
 
+@pytest.mark.parametrize(
+    "sample, wanted",
+    [
+        ("attention, dropout", [True, True, False]),
+        ("expert_mlp", [True, False, False, False]),
+        ("linear_cross_entropy", [True, True, False, False]),
+    ],
+)
+def test_what_a_cpu_operator_keeps_for_its_backward_has_no_derivative(sample, wanted):
+    op, build = SAMPLES[sample]
+    with Recorded() as recorded:
+        forms.cpu_form(op)(**to(build(7), "cpu"))
+    ((function, args),) = recorded.calls
+    found = function(*(t.requires_grad_() if _is_float(t) else t for t in args))
+    assert [t.requires_grad for t in found] == wanted
+
+
 def _is_float(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 

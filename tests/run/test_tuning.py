@@ -2,6 +2,7 @@
 
 import inspect
 import types
+from collections import Counter
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from heiretsu.kernels import fused, plain
 from heiretsu.kernels.recording import Call
 from heiretsu.parallel.mesh import abstract_mesh
 from heiretsu.parallel.pipeline import Microbatch
+from heiretsu.run import tuning
 from heiretsu.run.building import build_engine
 from heiretsu.run.options import parse_args
-from heiretsu.run.tuning import call_runs, distinct, record_calls
+from heiretsu.run.tuning import call_runs, distinct, record_calls, tune_kernels
 
 OPS = ("attention", "bias_gelu", "dropout", "expert_mlp", "layer_norm", "linear_cross_entropy", "route")
 SMALL = "--n_layer 2 --n_head 4 --n_embed 16 --block_size 8 --batch_size 3 --fused".split()
@@ -141,8 +143,8 @@ def test_one_call_of_each_kind_is_kept_and_counted():
     assert len(distinct([dropout(5, 1), dropout(6, 1)])[0]) == 2
 
 
-def test_the_dearest_call_is_measured_first():
-    """By its elements times how often it is made: 4 x 20, 1 x 60, 2 x 20."""
+def test_the_dearest_call_is_measured_first(monkeypatch):
+    """By its elements times how often all ranks make it: 4 x 20, 1 x 60, 2 x 20."""
     bias = torch.ones(10)
 
     def accumulate(_):
@@ -152,8 +154,38 @@ def test_the_dearest_call_is_measured_first():
         for _ in range(4):
             fused.bias_gelu(bias, bias)
 
-    calls = record_calls(types.SimpleNamespace(mesh=abstract_mesh(), accumulate=accumulate), [])
-    assert [(call.op, call.elements) for call in calls] == [("bias_gelu", 20), ("bias_gelu", 60), ("dropout", 20)]
+    def order():
+        calls = record_calls(types.SimpleNamespace(mesh=abstract_mesh(), accumulate=accumulate), [])
+        return [(call.op, call.elements) for call in calls]
+
+    def gather(mine, axis):  # another rank makes 7 more of the second
+        largest, times = mine
+        return [mine, (largest, Counter({kind: 7 * kind.startswith("dropout") for kind in times}))]
+
+    assert order() == [("bias_gelu", 20), ("bias_gelu", 60), ("dropout", 20)]
+    monkeypatch.setattr(tuning, "gather_objects", gather)
+    assert order() == [("dropout", 20), ("bias_gelu", 20), ("bias_gelu", 60)]
+
+
+@pytest.mark.parametrize("world, rank", [(1, 0), (2, 0), (2, 1), (3, 0)])
+def test_who_waits_for_rank_0_is_told_once_and_at_once(monkeypatch, world, rank):
+    said, sent, tuned = [], [], []
+    monkeypatch.setattr(tuning, "CONTROL", types.SimpleNamespace(chosen={}))
+    monkeypatch.setattr(tuning, "record_calls", lambda engine, batches: [])
+    tune = lambda runs, device: tuned.append((runs, device)) or {"entry": 1}  # noqa: E731
+    monkeypatch.setattr(tuning, "autotune", types.SimpleNamespace(tune=tune), raising=False)
+    monkeypatch.setattr(tuning, "print", lambda *what, **how: said.append((*what, how)), raising=False)
+
+    def broadcast(chosen, src):
+        sent.append((chosen[0], src))
+        chosen[0] = {"entry": 1}
+
+    monkeypatch.setattr(tuning.dist, "broadcast_object_list", broadcast)
+    tune_kernels(types.SimpleNamespace(mesh=abstract_mesh(dp=world, rank=rank)), [])
+    line = f"autotune: rank 0 measures for all {world} ranks, which wait for it"
+    assert said == ([(line, {"flush": True})] if world > 1 and rank == 0 else [])
+    assert tuned == [({}, CPU)] * (rank == 0) and sent == [(None if rank else {"entry": 1}, 0)] * (world > 1)
+    assert tuning.CONTROL.chosen == {"entry": 1}
 
 
 def test_each_call_gives_every_output_and_gradient_the_same_each_time():
