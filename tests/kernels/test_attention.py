@@ -185,6 +185,47 @@ def test_rows_that_one_key_takes_are_as_exact_as_plains(form, size, H, Hkv, T, S
             assert (got - exact).abs().max() <= allowed, f"d{name}: {(got - exact).abs().max()}, not {allowed}"
 
 
+@pytest.mark.parametrize("causal, T, S, row", [(False, 8, 8, 0), (True, 8, 11, 0), (True, 8, 8, 1)])
+def test_a_row_that_one_key_takes_by_the_others_distance_is_as_exact_as_plains(causal, T, S, row):
+    """The score of that key is 0, and so is lse; those of the others are -1e6."""
+    q, k, v = (t.detach() for t in qkv(H=1, Hkv=1, T=T, S=S, D=16))
+    q[:, :, row] = 0.0
+    q[:, :, row, 0], k[..., 0], k[:, :, 0, 0] = -1e6, 1.0, 0.0
+    dout = [torch.randn(q.shape, generator=torch.Generator().manual_seed(1))]
+    want, theirs = (
+        gradients(plain.attention_lse, [q, k, v], dtype, dout, causal=causal)
+        for dtype in (torch.float64, torch.float32)
+    )
+    ours = gradients(cpu_attention.attention_lse, [q, k, v], torch.float32, dout, causal=causal)
+    for name, got, plains, exact in zip("qkv", ours, theirs, want, strict=True):
+        allowed = 4 * (plains - exact).abs().max() + 1e-6 * exact.abs().max()
+        assert (got - exact).abs().max() <= allowed, f"d{name}: {(got - exact).abs().max()}, not {allowed}"
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qv", "kv"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_any_gradients_alone(wanted, dropout_p):
+    inputs = {name: t.detach() for name, t in zip("qkv", qkv(H=4, T=6, S=6, dtype=torch.float64), strict=True)}
+    leaves = [inputs[name].requires_grad_() for name in wanted]
+    got, want = (
+        torch.autograd.grad(form(**inputs, dropout_p=dropout_p, seed=3).square().sum(), leaves)
+        for form in (cpu_attention.attention, plain.attention)
+    )
+    torch.testing.assert_close(got, want)
+
+
+def test_gradients_of_heads_that_share_a_key_are_not_added_up_in_16_bits():
+    q, k, v = qkv(H=16, Hkv=1, T=64, S=64, D=16, dtype=torch.bfloat16)
+    dout = [torch.randn(q.shape, generator=torch.Generator().manual_seed(1))]
+    ours, theirs, exact = (
+        gradients(form, [q, k, v], dtype, dout, dropout_p=0.3, seed=3)
+        for form, dtype in ((cpu_attention.attention_lse, torch.bfloat16), (plain.attention_lse, torch.bfloat16),
+                            (plain.attention_lse, torch.float64))
+    )  # fmt: skip
+    for got, plains, want in zip(ours, theirs, exact, strict=True):
+        assert (got - want).abs().max() < 1.3 * (plains - want).abs().max()
+
+
 @each_form
 @pytest.mark.parametrize("rest", [5e-6, 3e-8])
 def test_a_row_that_one_key_nearly_takes_keeps_its_gradients(form, rest):
@@ -262,6 +303,26 @@ def test_the_cpu_form_of_a_model_is_differentiable_through_views(causal):
         q, k, v = projection.permute(2, 0, 3, 1, 4)
         gradients.append(torch.autograd.grad(attention(q, k, v, causal=causal).sum(), projection)[0])
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    "dtype, Hkv, T, lse, adds",
+    [
+        (torch.float32, 2, 6, False, False), (torch.float64, 2, 5, False, False), (torch.float32, 2, 6, True, True),
+        (torch.bfloat16, 2, 6, False, True), (torch.float32, 1, 6, False, True), (torch.float32, 2, 7, False, True),
+    ],
+)  # fmt: skip
+def test_what_comes_in_one_piece_is_not_added_to_zeros(dtype, Hkv, T, lse, adds):
+    """Of each of q, k and v; and what nobody needs is not given, either way."""
+    q, k, v = (t.detach() for t in qkv(H=2, Hkv=Hkv, T=T, S=6, dtype=dtype))
+    out, lse_, keep = cpu_attention._attention(q, k, v, True, 0.5, 0.0, 0, 0, 0)
+    given = (torch.ones_like(out), torch.zeros_like(lse_) if lse else None, q, k, v, out, lse_, keep, True, 0.5, 0.0)
+    with patch.object(cpu_attention, "_groups", wraps=cpu_attention._groups) as groups:
+        for dq, dkdv in ((True, True), (True, False), (False, True)):
+            found = cpu_attention._attention_backward(*given, dq, dkdv)
+            assert [t.numel() for t in found] == [dq * q.numel(), dkdv * k.numel(), dkdv * v.numel()]
+            assert {t.dtype for t in found} == {dtype}
+    assert groups.called == adds
 
 
 @pytest.mark.parametrize("T, S, share", [(16, 4000, 0.7), (4000, 16, 0.95)])
