@@ -135,7 +135,6 @@ def _attention_backward_fake(dout, dlse, q, k, v, out, lse, keep, causal, scale,
 def _setup_context(ctx, inputs, output):
     q, k, v, ctx.causal, ctx.scale, ctx.dropout_p, *_ = inputs
     ctx.save_for_backward(q, k, v, *output)
-    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 

@@ -188,7 +188,7 @@ def test_rows_that_one_key_takes_are_as_exact_as_plains(form, size, H, Hkv, T, S
 @pytest.mark.parametrize("causal, T, S, row", [(False, 8, 8, 0), (True, 8, 11, 0), (True, 8, 8, 1)])
 def test_a_row_that_one_key_takes_by_the_others_distance_is_as_exact_as_plains(causal, T, S, row):
     """The score of that key is 0, and so is lse; those of the others are -1e6."""
-    q, k, v = (t.detach() for t in qkv(H=1, Hkv=1, T=T, S=S, D=16))
+    q, k, v = (t.detach() for t in qkv(H=32, Hkv=32, T=T, S=S, D=16))
     q[:, :, row] = 0.0
     q[:, :, row, 0], k[..., 0], k[:, :, 0, 0] = -1e6, 1.0, 0.0
     dout = [torch.randn(q.shape, generator=torch.Generator().manual_seed(1))]

@@ -3,6 +3,8 @@
 import ast
 import graphlib
 import importlib
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,10 @@ def test_tests_use_the_installed_names():
 )
 def test_a_forbidden_import_is_seen(line):
     assert faults(line, {"kernels"})
+
+
+@pytest.mark.parametrize("file", ["sample.py", "data/tokenizer.py", "data/corpus.py"])
+def test_who_only_names_tiktokens_types_does_not_import_it(file, monkeypatch):
+    """Who reads token shards need not have it, and it takes a while."""
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    runpy.run_path(str(ROOT / file), run_name="imported")

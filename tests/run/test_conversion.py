@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,20 @@ def test_nothing_is_written_over(imported, published, tmp_path):
         import_model(published[0], imported.parent)
     with pytest.raises(ValueError, match="holds config.json already"):
         export_model(imported, published[0])
+
+
+def test_folders_are_made_and_an_empty_one_is_taken(imported, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in ("new/deep", "empty"):
+        assert (export_model(imported, tmp_path / folder) / WEIGHTS).is_file()
+
+
+def test_what_to_install_is_said_where_there_is_no_safetensors(imported, tmp_path, monkeypatch):
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError) as refused:
+        export_model(imported, tmp_path / "out")
+    assert str(refused.value) == "safetensors is not installed: pip install 'heiretsu[hf]'"
 
 
 def test_sizes_are_taken_up_to_131072_and_no_further():
