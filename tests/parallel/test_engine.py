@@ -116,6 +116,19 @@ def test_stages_train_in_a_step_and_do_not_in_evaluation(engine, monkeypatch):
         engine.accumulate(batches[:1])
 
 
+def test_a_norm_that_overflows_is_told_though_every_gradient_is_finite(engine, monkeypatch):
+    batches = read_batches(run_config(MIXTURE, microbatches=2), abstract_mesh(), dataset(67, 8), 0)
+    sums = torch.tensor([math.inf], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    monkeypatch.setattr(engine.updater, "squares", lambda: sums)
+    report = engine.step(batches)
+    assert report.skipped and report.not_finite == "the gradient's norm overflowed"
+
+
+def test_a_schedule_that_leaves_something_out_is_refused(engine):
+    with pytest.raises(ValueError):
+        Engine(engine.stages, abstract_mesh(), [SCHEDULES["gpipe"](1, 2)[0][:-1]], engine.updater)
+
+
 def test_several_stages_on_one_rank_and_a_split_backward_are_refused(engine):
     with pytest.raises(ValueError) as refused:
         Engine(engine.stages * 2, abstract_mesh(), SCHEDULES["gpipe"](1, 2), engine.updater)

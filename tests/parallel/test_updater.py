@@ -146,6 +146,7 @@ def test_restoring_makes_room_without_changing_a_parameter():
         (0.0, 4.0, 0.25),
         (10.0, 1.0, 1.0),
         (2.5, 1.0, 2.5 / (5 + 1e-6)),
+        (1.0, 1.0, 1 / (5 + 1e-6)),
         (2.5, 4.0, 2.5 / (5 + 1e-6) / 4),
     ],
 )
@@ -168,6 +169,18 @@ def test_one_step_of_sgd_by_hand(grad_clip, scale, factor):
         norm, skipped = updater.apply(*skipping)
         assert skipped and not math.isfinite(norm) and updater.steps == 1 and weight.tolist() == before
     assert math.isnan(updater.apply(25.0, 2.0)[0]) and updater.apply(math.inf, 0.0)[0] == math.inf
+
+
+def test_a_gradient_counts_on_the_rank_that_owns_it_alone():
+    """Whether it is finite, on each."""
+    params = {"w": torch.nn.Parameter(torch.zeros(2))}
+    for rank, squares in ((0, 25.0), (1, 0.0)):
+        table = {"w": Placement("w", Spec((2,), partial_over=("dp",)), abstract_mesh(tp=2, rank=rank))}
+        updater = Updater(params, table, torch.optim.SGD)
+        updater.grads["w"].copy_(torch.tensor([3.0, 4.0]))
+        assert [part.tolist() for part in updater.squares()] == [[squares], [0.0]]
+        updater.grads["w"][0] = math.inf
+        assert updater.squares()[1].tolist() == [1.0]
 
 
 class CountsInPython(torch.optim.SGD):
