@@ -183,9 +183,11 @@ def test_a_cpus_peak_is_the_best_of_ten_products_in_the_dtype_of_the_activations
     clock, products = iter([0, 5, 10, 12, *range(100, 120)]), []
     monkeypatch.setattr(run_log.time, "perf_counter", lambda: float(next(clock)))
     real = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: products.append((x.shape, x.dtype)) or real(x, y))
-    assert peak_flops(abstract_mesh(), parse_args(flags)) == 2 * 512**3  # the third product took a second
-    assert products == [((512, 512), dtype)] * 10
+    asked = lambda x, y: products.append((x.shape, x.dtype, x.device.type)) or real(x, y)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "__matmul__", asked)
+    with torch.device("meta"):  # whatever the default is
+        assert peak_flops(abstract_mesh(), parse_args(flags)) == 2 * 512**3  # the third product took a second
+    assert products == [((512, 512), dtype, "cpu")] * 10
 
 
 def test_memory_is_in_mib_wherever_it_comes_from(monkeypatch):
@@ -217,8 +219,8 @@ def test_wandb_gets_the_share_of_each_expert_of_each_layer_and_of_all(monkeypatc
         "expert_load/layer1/expert2": 0.5,
         "expert_load/chart": "a chart",
     }
-    (((columns, data), x, y, _),) = drawn
-    assert columns == ["expert", "share"] and (x, y) == ("expert", "share")
+    (((columns, data), x, y, title),) = drawn
+    assert columns == ["expert", "share"] and (x, y, title) == ("expert", "share", "Tokens by expert")
     assert [name for name, _ in data] == ["expert 0", "expert 1", "expert 2"]
     assert [share for _, share in data] == pytest.approx([3 / 12, 5 / 12, 4 / 12])
     assert log._expert_load(GOOD) == {}
