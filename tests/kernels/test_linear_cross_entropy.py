@@ -135,6 +135,18 @@ def test_the_cpu_form_computes_gradients_in_advance_only_where_they_are_wanted(m
     assert asked == [(True, True), (True, False), (False, True), (False, False)]
 
 
+def test_the_cpu_forms_gradients_are_made_in_their_own_dtypes_traced_or_not(monkeypatch):
+    """And not in float32 first, which would hold one of all words twice as large."""
+    asked, backward = [], cpu_cross_entropy._backward
+    monkeypatch.setattr(cpu_cross_entropy, "_backward", lambda *what: asked.append(what) or backward(*what))
+    x, weight, targets = inputs("cpu", dtype=torch.bfloat16)
+    mean_loss(cpu_cross_entropy.linear_cross_entropy, x, weight, targets).backward()
+    (what,) = asked
+    assert [t.dtype for t in backward(*what)] == [torch.bfloat16] * 2
+    operator = torch.ops.heiretsu.cpu_linear_cross_entropy_backward.default
+    torch.library.opcheck(operator, tuple(what), test_utils=("test_faketensor",))
+
+
 @pytest.mark.parametrize("op", [plain.linear_cross_entropy, cpu_cross_entropy.linear_cross_entropy])
 def test_an_empty_shard_has_an_lse_of_minus_infinity_and_gradients_of_0(op):
     for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
