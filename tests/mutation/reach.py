@@ -58,7 +58,7 @@ class Reach:
         """sources: {file: text} now. measured: what `measure` gave, with the "sources" of then."""
         self.bodies = {file: _body_lines(text) for file, text in sources.items()}
         self.by_line: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-        self.importers: dict[str, set[str]] = defaultdict(set)  # by file, the tests of files that import it
+        self.importers: dict[str, set[str]] = defaultdict(set)  # by file, the tests whose files, or who, import it
         self.seconds: dict[str, float] = {}
         for module in measured:
             moved = {file: _moved(text, sources[file]) for file, text in module["sources"].items() if file in sources}
@@ -68,6 +68,8 @@ class Reach:
                 self.importers[file].update(every)
             for test, (seconds, files) in module["tests"].items():
                 self.seconds[test] = seconds
+                for file in files:
+                    self.importers[file].add(test)
                 self._add([test], files, moved)
 
     def _add(self, tests: list[str], files: dict[str, list[int]], moved: dict[str, dict[int, int]]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from tests.mutation.__main__ import IMPORT, Session, _bundles, blamed_for, draw_edits, main, without
 from tests.mutation.edits import edits_of
 from tests.mutation.equal import read_equal
+from tests.mutation.reach import Reach
 
 ROOT = Path(__file__).parents[2]
 THING = """
@@ -137,6 +138,15 @@ def test_the_own_tests_come_first_then_the_quickest_and_those_that_speak_of_the_
     without_kin = session.words | {kin: {"x"}}
     bundles, left_out = _bundles(edit, {*seconds}, set(), dataclasses.replace(session, words=without_kin))
     assert [list(bundle) for bundle in bundles] == [[own], [quick, slow, kin]] and left_out == 1
+
+
+def test_who_imports_a_file_while_it_runs_is_asked_about_its_top():
+    source = "LIMIT = 3\n\n\ndef f():\n    return LIMIT\n"
+    tests = {"runs": [1, 4, 5], "imports": [1, 4], "does neither": []}
+    module = {test: [1.0, {"a.py": lines} if lines else {}] for test, lines in tests.items()}
+    reach = Reach({"a.py": source}, [{"sources": {"a.py": source}, "shared": {}, "tests": module}])
+    top = [edit for edit in edits_of("a.py", source) if edit.line == 1]
+    assert top and all(reach.tests(edit) == ({"runs"}, {"imports"}) for edit in top)
 
 
 def test_what_fails_without_any_edit_is_left_out_and_the_rest_still_judges():

@@ -151,7 +151,7 @@ def copy_of(folder: Path, to: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; only 'gpt2'"),
+        ({"model_type": "llama"}, f"model_type is 'llama'; only {KNOWN} can be imported"),
         ({"activation_function": "relu"}, "activation_function is 'relu'; only 'gelu_new' or 'gelu_pytorch_tanh'"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
