@@ -242,6 +242,16 @@ def test_drawing():
     )
 
 
+def test_the_shortest_action_is_as_wide_as_its_label_whenever_it_comes():
+    assert draw(timeline(one_f_one_b(2, 2), 2.0, 1.0)) == "\n".join(
+        [
+            "rank 0  F0--- F1--- ...B0 ......B1",
+            "rank 1  ......F0--- B0 F1--- B1 ...",
+            "bubble 33.3%, activations held 2 1",
+        ]
+    )
+
+
 def test_drawing_names_the_stage_where_a_rank_has_several():
     assert draw(timeline(interleaved_1f1b(2, 1, 2), 3.0, 6.0)) == "\n".join(
         [

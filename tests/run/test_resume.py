@@ -233,6 +233,19 @@ def test_files_are_read_against_their_checksums_unless_they_were_just_now(run, m
         assert asked.pop() == (path, engine.mesh)
 
 
+def test_what_a_run_begins_with_is_not_read_against_its_checksums_again(run, monkeypatch):
+    def verify(*_):
+        raise AssertionError("read once more")
+
+    monkeypatch.setattr(state, "verify", verify)
+    monkeypatch.setattr(resume, "newest_in", lambda *_: path)
+    path, engine, said = run / "step_00000004", build_engine(CONFIG, abstract_mesh(), plain), []
+    started = replace(CONFIG, checkpoint_dir=None, init_from=str(path))
+    assert restore(started, engine, Origin(None, "new"), said.append) == 0
+    assert restore(started, engine, Origin(path, "old"), said.append) == 4
+    assert said[0] == f"parameters of {path}" and said[1].startswith(f"resumed {path}: 4 of ")
+
+
 def test_facts_are_the_updaters_the_callers_and_the_configuration(run):
     kept = read_run(run / "step_00000002")
     assert (kept["step"], kept["run_id"], kept["data"]) == (2, "ab12", "digest") and kept["config"] == CONFIG.as_json()
