@@ -35,8 +35,8 @@ class Saver:
         self.copies = checkpoint.Copies()
         self.group = None
         if self.directory and self.mesh.world.size > 1:
-            # Of its own: messages of the saving thread must not meet those of the training. Where a rank is lost they
-            # fail at once; where one only writes slowly, they wait.
+            # Of its own: messages of the saving thread must not meet those of the training. Where a process is lost
+            # they fail at once, and where a machine is, the watch ends the run; where one writes slowly, they wait.
             self.group = dist.new_group(backend="gloo", timeout=LONGEST_SAVE)
         self.saving: checkpoint.Saving | None = None
         self.failed = False  # the last save did

@@ -7,6 +7,7 @@ may be what failed.
     beats       each rank says every second what it is doing; rank 0 answers with what it is doing itself
     lost        the connection ends without a goodbye: the system closes it in the moment in which a process dies
     stuck       a rank has waited for the others for --timeout: rank 0 says whom for, by what was last heard of each
+    silent      no beat for longer than --timeout, whatever this rank is doing: a machine or the cable to it is gone
 
 A rank that ends for one of these prints one line and leaves at once with status LOST, whatever its main thread is in.
 """
@@ -145,7 +146,10 @@ class Watch:
             os._exit(status)
 
     def _look_at_the_clock(self, now: float) -> None:
-        """Has this rank waited for too long? Rank 0 judges; where it does not answer, that is the verdict."""
+        """Has this rank waited for too long? Rank 0 judges; where it does not answer, that is the verdict. And is
+        somebody silent, while this rank waits for nobody? It may, for instance, be about to end a save."""
+        if any(now - peer.heard > self.timeout + SILENT_S for peer in self.peers):
+            self._over(self._who_is_stuck(), 0.0)
         if self._verdict_due is not None:
             if now > self._verdict_due or any(now - peer.heard > SILENT_S for peer in self.peers):
                 self._end(self._who_is_stuck(), 0.0)

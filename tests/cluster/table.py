@@ -16,6 +16,7 @@ ROWS = {
     "slurm node": "Slurm: a node's processes killed",
     "cable training": "cable pulled while training",
     "cable saving": "cable pulled while saving",
+    "cable waiting for a save": "cable pulled while all wait for a save",
     "cable starting": "cable pulled while starting",
     "modal": "Modal's container function, called in both hosts",
     "wire": "100 Mbit/s between the hosts",

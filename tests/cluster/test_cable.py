@@ -58,6 +58,27 @@ def test_while_saving(net, row, tmp_path):
     row("cable saving", "both sides ended; the checkpoints before are whole")
 
 
+SLOW_DISK = """
+import os, time
+fsync = os.fsync
+os.fsync = lambda file: time.sleep(2) or fsync(file)
+"""
+
+
+def test_while_all_wait_for_a_save(net, row, tmp_path):
+    """No rank is in a collective of the training, and those of a save have hours."""
+    folder = tmp_path / "run"
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    slow = {"PYTHONPATH": str(tmp_path)}
+    processes = launch(net, *TWO, "--save_interval", "1", "--checkpoint_dir", str(folder), environment=slow)
+    processes[0].wait_for("saved ")
+    time.sleep(1)
+    net.unplug()
+    words = both_sides_end(processes, time.monotonic())
+    assert "has not been heard of" in words[0] and "average gradients" not in words[0]
+    row("cable waiting for a save", f"both sides ended, e.g. `{words[0]}`")
+
+
 def test_while_starting(net, row):
     processes = launch(net, *TRAIN, ranks_per_host=2, environment={"LOGLEVEL": "INFO"})
     processes[1].wait_for("Starting worker group")  # torchrun's word: the hosts have met, the ranks have not

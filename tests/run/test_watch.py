@@ -205,6 +205,28 @@ def test_a_rank_whose_rank_0_is_silent_does_not_wait_for_its_verdict(clock, caps
     assert capsys.readouterr().err == f"rank 1 (dp=1) on birch: {said}"
 
 
+@pytest.mark.parametrize("rank, other", [(0, 2), (1, 0)])
+def test_a_silent_rank_is_lost_whatever_this_one_does(clock, capsys, rank, other):
+    """A cable pulled while both wait for the end of a save, which no collective of the training is."""
+    watch, there = a_watch(rank, timeout=60.0)
+    clock.now += 30
+    for peer in watch.peers:
+        peer.hear(BEAT)
+    clock.now += 65
+    for peer in watch.peers:
+        if peer.rank != other:
+            peer.hear(BEAT)
+    watch._look_at_the_clock(clock.now)
+    assert all(told(line) == [] for line in there.values())
+    clock.now += 0.25
+    with pytest.raises(Left, match="4"):
+        watch._look_at_the_clock(clock.now)
+    why = f"rank {other} on {HOSTS[other]} has not been heard of for 65 s, last heard in step 3"
+    assert capsys.readouterr().err == f"{watch.name}: {why}, while in the start\n"
+    if rank == 0:
+        assert told(there[1]) == [{"over": why, "grace": 0.0}]
+
+
 def test_rank_0_judges_at_once_where_it_waits_for_too_long_itself_or_is_asked(clock, capsys):
     why = "rank 2 on elm has been in backward for 60 s"
     for asks in (False, True):
