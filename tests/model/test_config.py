@@ -87,3 +87,7 @@ def test_more_stages_than_layers_are_refused_and_as_many_are_not(sizes, asked):
         split_layers(ModelConfig(n_layer=3), *sizes)
     assert str(refused.value) == f"{asked} stages need at least as many layers, but --n_layer is 3"
     assert split_layers(ModelConfig(n_layer=4), *sizes) == [range(i, i + 1) for i in range(4)]
+
+
+def test_a_mixture_may_have_one_expert():
+    assert [ModelConfig(num_experts=count, moe_freq=2).is_moe(1) for count in (0, 1, 2)] == [False, True, True]
