@@ -78,9 +78,13 @@ class Watch:
     # The watching thread
 
     def _run(self) -> None:
-        next_beat = time.monotonic()
+        next_beat = before = time.monotonic()
         while self._ending is None:
             now = time.monotonic()
+            if now - before > SILENT_S:  # this process was stopped, as when its job is suspended: it heard nobody
+                for peer in self.peers:
+                    peer.heard = now
+            before = now
             if now >= next_beat:
                 self._beat()
                 next_beat = now + BEAT_S

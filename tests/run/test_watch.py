@@ -292,6 +292,24 @@ def test_the_thread_beats_every_second_looks_four_times_as_often_and_says_goodby
         assert line.receive() == ([{"bye": True}], False)
 
 
+@pytest.mark.parametrize(("stopped_s", "heard"), [(5.0, 100.0), (5.25, 110.5)])
+def test_a_process_that_was_stopped_does_not_take_the_others_for_silent(clock, monkeypatch, stopped_s, heard):
+    """A job that is suspended for an hour, and goes on: all ranks were silent for so long, and none is lost."""
+    watch, _ = a_watch(0)
+
+    class Selector:
+        def select(self, timeout):
+            clock.now += stopped_s
+            watch._ending = {"bye": True} if clock.now > 100 + 2 * stopped_s else None
+            return []
+
+    monkeypatch.setattr(watch, "_selector", Selector())
+    seen = []
+    monkeypatch.setattr(watch, "_look_at_the_clock", lambda now: seen.append([peer.heard for peer in watch.peers]))
+    watch._run()
+    assert len(seen) == 3 and seen[0] == [100.0, 100.0] and seen[2] == [heard, heard]
+
+
 def test_a_rank_that_fails_prints_where_and_why_tells_the_others_and_ends_with_1(clock, capsys):
     for waiting, slept in ((False, ["join 5.0"]), (True, [10.0, "join 5.0"])):
         watch, _ = a_watch(0)
